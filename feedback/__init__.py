@@ -1,0 +1,1 @@
+"""What people said about completions, kept durably in Redis, and what it says about the versions."""

@@ -1,0 +1,218 @@
+"""The records the loop learns from: completions that were served, and what people said of them.
+
+Records are frozen and carry everything training needs (text, token ids, tokenizer digest), so a
+completion's expiry loses no comparison. ``Comparison`` and ``Demonstration`` are log records: they
+are appended to ``fb:log`` once and never change. The JSON form of a record is what is digested and
+stored; ``encode`` and ``decode`` are the only way in and out of it.
+"""
+
+import hashlib
+import itertools
+import secrets
+from collections.abc import Iterator
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError, model_validator
+
+from feedback.errors import CorruptRecord
+
+MAX_CANDIDATES = 9
+"""Most completions in one ranking (InstructGPT §3.5 ranks K = 4 to 9)."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Prompt(_Frozen):
+    """What a policy was asked: text, or chat messages; with the token ids it read, where known."""
+
+    text: str | None = None
+    messages: tuple[dict[str, JsonValue], ...] | None = None
+    token_ids: tuple[int, ...] | None = None
+    tokenizer: str | None = Field(None, description="sha256 of the tokenizer.json that made token_ids")
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Self:
+        if self.messages is not None and self.text is not None:
+            raise ValueError("a prompt is text or messages, not both")
+        if self.messages is None and self.text is None and self.token_ids is None:
+            raise ValueError("a prompt needs text, messages or token ids")
+        return self
+
+    def same_question(self, other: "Prompt") -> bool:
+        """True where both ask the same: by messages, else text, else token ids."""
+        if self.messages is not None or other.messages is not None:
+            return self.messages == other.messages
+        if self.text is not None or other.text is not None:
+            return self.text == other.text
+        return self.token_ids == other.token_ids
+
+    def key(self) -> str:
+        """A digest that is equal for prompts that ask the same."""
+        asked = self.model_dump_json(include={"messages"} if self.messages is not None else {"text"})
+        if self.messages is None and self.text is None:
+            asked = self.model_dump_json(include={"token_ids"})
+        return hashlib.sha256(asked.encode()).hexdigest()
+
+
+class Choice(_Frozen):
+    """One sampled completion of one prompt."""
+
+    index: int
+    prompt_index: int = Field(0, description="which of the request's prompts this answers")
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] = Field(description="natural log-probability of each sampled token")
+    finish_reason: str | None
+
+
+class StoredCompletion(_Frozen):
+    """A finished (or cancelled) completion request, as served by one policy version."""
+
+    id: str
+    object: Literal["chat.completion", "text_completion"]
+    created: int = Field(description="unix seconds")
+    principal: str
+    user: str | None = None
+    model: str = Field(description="the resolved model id, policy-v7")
+    policy_version: int
+    prompts: tuple[Prompt, ...]
+    choices: tuple[Choice, ...]
+    sampling: dict[str, JsonValue] = Field(default_factory=dict, description="temperature, top_p, …")
+    metadata: dict[str, str] = Field(default_factory=dict)
+    store: bool | None = Field(None, description="as OpenAI's: true keeps until deleted; null keeps for the TTL")
+
+    def candidate(self, index: int) -> "Candidate":
+        """Choice ``index`` as a candidate. Raises LookupError when there is no such choice."""
+        for choice in self.choices:
+            if choice.index == index:
+                return Candidate(
+                    completion_id=self.id,
+                    index=index,
+                    policy_version=self.policy_version,
+                    text=choice.text,
+                    token_ids=choice.token_ids,
+                    finish_reason=choice.finish_reason,
+                )
+        raise LookupError(f"completion {self.id} has no choice {index}")
+
+    def prompt_of(self, index: int) -> Prompt:
+        """The prompt that choice ``index`` answers. Raises LookupError when there is no such choice."""
+        for choice in self.choices:
+            if choice.index == index:
+                return self.prompts[choice.prompt_index]
+        raise LookupError(f"completion {self.id} has no choice {index}")
+
+
+class Candidate(_Frozen):
+    """One of the K completions a labeler compared. ``completion_id`` is None for outside data."""
+
+    completion_id: str | None = None
+    index: int = 0
+    policy_version: int | None = None
+    text: str
+    token_ids: tuple[int, ...] | None = None
+    finish_reason: str | None = None
+
+
+class BlindTask(_Frozen):
+    """Candidates from every live version in a recorded random order, waiting for a labeler's ranking."""
+
+    id: str
+    created: int = Field(description="unix seconds")
+    expires: int = Field(description="unix seconds")
+    principal: str
+    labeler: str | None = None
+    prompt: Prompt
+    candidates: tuple[Candidate, ...]
+
+
+class _LogRecord(_Frozen):
+    id: str
+    created: float = Field(description="unix seconds, the server's clock; order is by stream id, not by this")
+    principal: str
+    labeler: str
+    prompt: Prompt
+    metadata: dict[str, str] = Field(default_factory=dict)
+
+
+class Comparison(_LogRecord):
+    """One labeler's ranking of K completions of one prompt."""
+
+    kind: Literal["comparison"] = "comparison"
+    source: Literal["choices", "candidates", "task", "outside"]
+    task_id: str | None = None
+    candidates: tuple[Candidate, ...] = Field(min_length=2, max_length=MAX_CANDIDATES)
+    ranking: tuple[tuple[int, ...], ...] = Field(
+        description="positions in candidates, best group first; a group is a tie"
+    )
+    both_bad: bool = False
+    comment: str | None = None
+    duration_ms: int | None = None
+
+    @model_validator(mode="after")
+    def _ranks_each_candidate_once(self) -> Self:
+        if problem := ranking_problem(self.ranking, len(self.candidates)):
+            raise ValueError(problem)
+        return self
+
+    def pairs(self) -> Iterator[tuple[int, int]]:
+        """(chosen, rejected) positions in ``candidates``; tied candidates form no pair (InstructGPT §3.5)."""
+        for better, worse in itertools.combinations(self.ranking, 2):
+            yield from itertools.product(better, worse)
+
+    def candidates_key(self) -> str:
+        """A digest of who judged which candidates: a later comparison with the same key replaces this one."""
+        judged = sorted(
+            f"{c.completion_id}#{c.index}" if c.completion_id else hashlib.sha256(c.text.encode()).hexdigest()
+            for c in self.candidates
+        )
+        return hashlib.sha256("\n".join([self.labeler, self.prompt.key(), *judged]).encode()).hexdigest()
+
+
+class Demonstration(_LogRecord):
+    """A completion written by a labeler; ``corrects`` names the sampled one it improves on, if any."""
+
+    kind: Literal["demonstration"] = "demonstration"
+    completion: str = Field(min_length=1)
+    corrects: Candidate | None = None
+
+
+LogRecord = Annotated[Comparison | Demonstration, Field(discriminator="kind")]
+_LOG_RECORD: TypeAdapter[Comparison | Demonstration] = TypeAdapter(LogRecord)
+
+
+def ranking_problem(ranking: tuple[tuple[int, ...], ...], candidates: int) -> str | None:
+    """What is wrong with a ranking of ``candidates`` completions, in one sentence; None where nothing is."""
+    flat = [index for group in ranking for index in group]
+    if any(not group for group in ranking):
+        return "a ranking's groups must not be empty"
+    if out := sorted({index for index in flat if not 0 <= index < candidates}):
+        return f"ranking names {out}, but the candidates are 0 to {candidates - 1}"
+    if twice := sorted({index for index in flat if flat.count(index) > 1}):
+        return f"ranking names {twice} more than once"
+    if missing := sorted(set(range(candidates)) - set(flat)):
+        return f"ranking leaves out {missing}; it must name each of the {candidates} candidates exactly once"
+    return None
+
+
+def new_id(prefix: str) -> str:
+    """An unguessable id: ``prefix`` and 128 random bits in hex."""
+    return f"{prefix}{secrets.token_hex(16)}"
+
+
+def encode(record: Comparison | Demonstration) -> tuple[bytes, str]:
+    """A log record as JSON, and the sha256 of that JSON."""
+    body = record.model_dump_json().encode()
+    return body, hashlib.sha256(body).hexdigest()
+
+
+def decode(body: bytes, sha256: str) -> Comparison | Demonstration:
+    """The record that ``encode`` wrote. Raises CorruptRecord where the digest or the schema does not match."""
+    if hashlib.sha256(body).hexdigest() != sha256:
+        raise CorruptRecord("the record's bytes do not match its sha256")
+    try:
+        return _LOG_RECORD.validate_json(body)
+    except ValidationError as error:
+        raise CorruptRecord(f"the record does not fit its schema: {error.error_count()} errors") from error

@@ -1,0 +1,1 @@
+"""OpenAI-compatible completions from the released policy, and the door for feedback."""

@@ -1,0 +1,1 @@
+"""The InstructGPT recipe: supervised fine-tuning, a reward model from rankings, PPO-ptx."""
