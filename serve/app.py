@@ -1,0 +1,61 @@
+"""``create_app`` assembles the server: lifespan, middleware, routes. It decides nothing."""
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+
+from deploy.registry import Registry, ReleaseStore
+from feedback.settings import FeedbackSettings
+from feedback.store import FeedbackStore
+from serve import comparisons, completions, health, tasks
+from serve.error_response import add_error_handlers
+from serve.fleet import Fleet
+from serve.metrics import Metrics
+from serve.middleware import BodyLimit, RequestObserver
+from serve.recording import Recorder
+from serve.services import Services
+from serve.settings import ServeSettings
+
+
+def create_app(settings: ServeSettings, feedback_settings: FeedbackSettings, state: Path, redis_url: str) -> FastAPI:
+    """The server over one state directory and one Redis."""
+    metrics = Metrics()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        store = FeedbackStore.connect(redis_url, feedback_settings)
+        releases = ReleaseStore.connect(redis_url, state)
+        recorder = Recorder(store, settings, metrics)
+        replica = f"{socket.gethostname()}:{os.getpid()}"
+        fleet = Fleet(replica, Registry(state), releases, settings, metrics, recorder.sampled)
+        app.state.services = Services(settings, feedback_settings, store, fleet, recorder, metrics)
+        background = [asyncio.create_task(fleet.watch()), asyncio.create_task(recorder.run())]
+        try:
+            yield
+        finally:
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
+            await fleet.close()
+            await recorder.flush()
+            await store.close()
+            await releases.close()
+
+    app = FastAPI(
+        title="instructloop",
+        lifespan=lifespan,
+        middleware=[
+            Middleware(RequestObserver, metrics=metrics),
+            Middleware(BodyLimit, max_body_bytes=settings.max_body_bytes),
+        ],
+    )
+    add_error_handlers(app)
+    for routes in (completions, comparisons, tasks, health):
+        app.include_router(routes.router)
+    return app

@@ -1,0 +1,92 @@
+"""Plain ASGI middleware: request ids, the body limit, and counting. Nothing here buffers an answer."""
+
+import logging
+import time
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from feedback.records import new_id
+from serve.errors import BodyTooLarge
+from serve.metrics import Metrics
+
+log = logging.getLogger("serve.access")
+
+_MAX_REQUEST_ID_CHARS = 128
+
+
+class RequestObserver:
+    """Echoes or makes ``x-request-id``, and counts and logs each answer; never its content."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        began = time.perf_counter()
+        status = 0
+
+        async def with_request_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                kept = [(name, value) for name, value in message["headers"] if name.lower() != b"x-request-id"]
+                message["headers"] = [*kept, (b"x-request-id", request_id.encode("latin-1"))]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, with_request_id)
+        finally:
+            seconds = time.perf_counter() - began
+            route = getattr(scope.get("route"), "path", "unmatched")
+            version = scope.get("instructloop.policy_version", "")
+            # A client that left before the answer began shows as 499, nginx's word for it.
+            self._metrics.requests.labels(route, status or 499, version).inc()
+            self._metrics.request_seconds.labels(route).observe(seconds)
+            log.debug(
+                "request",
+                extra={
+                    "request_id": request_id,
+                    "method": scope["method"],
+                    "route": route,
+                    "status": status,
+                    "policy_version": version,
+                    "seconds": round(seconds, 4),
+                },
+            )
+
+
+class BodyLimit:
+    """Refuses a body over the limit while it is being read, whatever its content-length says."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request; the route's read of the body raises BodyTooLarge."""
+        read = 0
+
+        async def counted() -> Message:
+            nonlocal read
+            message = await receive()
+            if message["type"] == "http.request":
+                read += len(message.get("body", b""))
+                if read > self._max_body_bytes:
+                    raise BodyTooLarge(f"the request body may have at most {self._max_body_bytes} bytes")
+            return message
+
+        await self._app(scope, counted if scope["type"] == "http" else receive, send)
+
+
+def _request_id(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            text: str = value.decode("latin-1")
+            if 0 < len(text) <= _MAX_REQUEST_ID_CHARS and text.isascii() and text.isprintable():
+                return text
+    return new_id("req_")

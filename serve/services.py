@@ -1,0 +1,33 @@
+"""What the routes work with; made once by the app's lifespan."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from feedback.settings import FeedbackSettings
+from feedback.store import FeedbackStore
+from serve.fleet import Fleet
+from serve.metrics import Metrics
+from serve.recording import Recorder
+from serve.settings import ServeSettings
+
+
+@dataclass(frozen=True)
+class Services:
+    """The parts of a running server."""
+
+    settings: ServeSettings
+    feedback_settings: FeedbackSettings
+    store: FeedbackStore
+    fleet: Fleet
+    recorder: Recorder
+    metrics: Metrics
+
+
+def _services(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+ServicesDep = Annotated[Services, Depends(_services)]

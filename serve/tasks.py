@@ -1,0 +1,111 @@
+"""Blind tasks: candidates from every live arm in a recorded random order; nothing shown reveals the version."""
+
+import asyncio
+import random
+import secrets
+import time
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from pydantic import Field, JsonValue
+
+from feedback.records import MAX_CANDIDATES, BlindTask, Candidate, Prompt, new_id
+from serve.auth import PrincipalDep
+from serve.comparisons import Labeler, _PromptBody
+from serve.engine import Engine
+from serve.errors import InvalidRequest, NotFound, NotServing
+from serve.forwarding import completion_id
+from serve.recording import Asked
+from serve.services import Services, ServicesDep
+
+router = APIRouter(prefix="/v1/feedback")
+
+_SHUFFLE = random.SystemRandom()
+
+
+class TaskBody(_PromptBody):
+    """What to show a labeler: k candidates for a prompt, or for one the server picks."""
+
+    k: Annotated[int, Field(ge=2, le=MAX_CANDIDATES)] = 2
+    labeler: Labeler | None = None
+
+
+@router.post("/tasks", status_code=201)
+async def create_task(body: TaskBody, services: ServicesDep, principal: PrincipalDep) -> dict[str, Any]:
+    """Sample k candidates, as evenly as k allows from the live arms, and show them without their versions."""
+    if body.prompt is not None and body.messages is not None:
+        raise InvalidRequest("give at most one of prompt and messages", "prompt")
+    prompt = body.asked() or await _pool_prompt(services)
+    arms = [services.fleet.live[version] for version in services.fleet.serving.live()]
+    if not arms:
+        raise NotServing("no policy version is being served yet")
+    _SHUFFLE.shuffle(arms)  # which arm gives the extra candidate of an odd k is drawn, too
+    shares = [body.k // len(arms) + (place < body.k % len(arms)) for place in range(len(arms))]
+    sampled = await asyncio.gather(
+        *(_sample(engine, prompt, n, services, principal) for engine, n in zip(arms, shares, strict=True) if n)
+    )
+    candidates = [candidate for _, part in sampled for candidate in part]
+    _SHUFFLE.shuffle(candidates)
+    now = int(time.time())
+    task = BlindTask(
+        id=new_id("task_"),
+        created=now,
+        expires=now + services.feedback_settings.task_ttl_seconds,
+        principal=principal,
+        labeler=body.labeler,
+        prompt=sampled[0][0],
+        candidates=tuple(candidates),
+    )
+    await services.store.keep_task(task)
+    shown: dict[str, Any] = {"id": task.id, "object": "feedback.task", "created": task.created, "expires": task.expires}
+    shown |= {"messages": list(prompt.messages)} if prompt.messages is not None else {"prompt": prompt.text}
+    shown["candidates"] = [{"index": index, "text": c.text} for index, c in enumerate(task.candidates)]
+    return shown
+
+
+async def _pool_prompt(services: Services) -> Prompt:
+    pool = [prompt for prompt in await services.store.pool_prompts(100) if prompt.text is not None or prompt.messages]
+    if not pool:
+        raise NotFound("no prompt has been recorded yet to show to labelers; give one")
+    return _SHUFFLE.choice(pool)
+
+
+async def _sample(
+    engine: Engine, prompt: Prompt, n: int, services: Services, principal: str
+) -> tuple[Prompt, list[Candidate]]:
+    route = "/v1/chat/completions" if prompt.messages is not None else "/v1/completions"
+    bare_id = secrets.token_hex(16)
+    asked = Asked(
+        completion_id=completion_id(route, bare_id),
+        object="chat.completion" if prompt.messages is not None else "text_completion",
+        principal=principal,
+        user=None,
+        model=services.fleet.model_id(engine.version),
+        policy_version=engine.version,
+        tokenizer=engine.tokenizer,
+        prompts=(prompt.model_copy(update={"token_ids": None, "tokenizer": None}),),
+        metadata={"purpose": "blind task"},
+        store=None,
+    )
+    settings = services.settings
+    body: dict[str, JsonValue] = {
+        "model": asked.model,
+        "n": n,
+        "temperature": settings.task_temperature,
+        "max_tokens": settings.task_max_completion_tokens,
+    }
+    if prompt.messages is not None:
+        body["messages"] = list(prompt.messages)
+    else:
+        body["prompt"] = prompt.text
+    services.recorder.expect(asked)
+    engine.running += 1
+    try:
+        await engine.complete(route, body, bare_id)
+        completion = await services.recorder.find(asked.completion_id)
+    finally:
+        engine.running -= 1
+        services.recorder.forget(asked.completion_id)
+    if completion is None:
+        raise NotServing("the candidates could not be recorded; try again")
+    return completion.prompts[0], [completion.candidate(choice.index) for choice in completion.choices]
