@@ -9,8 +9,9 @@ stored; ``encode`` and ``decode`` are the only way in and out of it.
 import hashlib
 import itertools
 import secrets
+import zlib
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError, model_validator
 
@@ -216,3 +217,24 @@ def decode(body: bytes, sha256: str) -> Comparison | Demonstration:
         return _LOG_RECORD.validate_json(body)
     except ValidationError as error:
         raise CorruptRecord(f"the record does not fit its schema: {error.error_count()} errors") from error
+
+
+def content_digest(record: Comparison | Demonstration) -> str:
+    """sha256 of what a record says, apart from its own id and time: equal for the same thing said twice."""
+    return hashlib.sha256(record.model_dump_json(exclude={"id", "created"}).encode()).hexdigest()
+
+
+Packed = TypeVar("Packed", StoredCompletion, BlindTask)
+
+
+def pack(kept: StoredCompletion | BlindTask) -> bytes:
+    """A completion or task as zlib-compressed JSON; zlib's own checksum guards it."""
+    return zlib.compress(kept.model_dump_json().encode())
+
+
+def unpack(kind: type[Packed], packed: bytes) -> Packed:
+    """What ``pack`` wrote. Raises CorruptRecord where the checksum or the schema does not match."""
+    try:
+        return kind.model_validate_json(zlib.decompress(packed))
+    except (zlib.error, ValidationError) as error:
+        raise CorruptRecord(f"a stored {kind.__name__} is damaged") from error

@@ -15,6 +15,9 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from feedback.errors import FeedbackError
 
+TABLES = ("serve", "feedback", "train", "deploy")
+"""The tables a settings file may have: one per package."""
+
 
 class SettingsError(FeedbackError):
     """A settings file or value that cannot be used; the message names the field."""
@@ -42,12 +45,24 @@ class TableSettings(BaseSettings):
     def load(cls, **command_line: Any) -> Self:
         """Read the settings; arguments that are None were not given. Raises SettingsError."""
         given = {name: value for name, value in command_line.items() if value is not None}
+        cls._refuse_unknown_environment()
         try:
             return cls(**given)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join([cls.table or "top level", *(str(part) for part in first["loc"])])
             raise SettingsError(f"settings: {where}: {first['msg']}") from error
+
+    @classmethod
+    def _refuse_unknown_environment(cls) -> None:
+        if not cls.table:  # the top level shares its prefix with the tables and with INSTRUCTLOOP_SETTINGS
+            return
+        prefix = f"INSTRUCTLOOP_{cls.table}__".upper()
+        for name in os.environ:
+            if name.upper().startswith(prefix):
+                field = name[len(prefix) :].lower().split("__")[0]
+                if field not in cls.model_fields:
+                    raise SettingsError(f"settings: the environment sets {name}, but {cls.table} has no {field}")
 
 
 class _TomlTable(PydanticBaseSettingsSource):
@@ -73,6 +88,8 @@ def _read_table(table: str) -> dict[str, Any]:
         document = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: {error}") from error
+    if unknown := sorted(name for name, value in document.items() if isinstance(value, dict) and name not in TABLES):
+        raise SettingsError(f"{path}: unknown table [{unknown[0]}]; the tables are {', '.join(TABLES)}")
     if not table:
         return {name: value for name, value in document.items() if not isinstance(value, dict)}
     values = document.get(table, {})

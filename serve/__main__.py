@@ -49,7 +49,7 @@ def serve(
 
 def _run(settings: ServeSettings, state: Path, redis_url: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # the in-process calls of blind tasks
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # the in-process calls of blind tasks
     _prepare_engine_environment(settings)
     # Imported here: vLLM reads its environment on import, and takes ten seconds for it.
     from serve.app import create_app

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -115,7 +115,7 @@ class Engine:
         self.running = 0
         """Completion requests being served now; the fleet drains on it."""
         self._llm = llm
-        self._client = httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://engine")
+        self._client = httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app), base_url="http://engine")
 
     @classmethod
     async def start(

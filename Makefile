@@ -1,0 +1,46 @@
+# The whole set-up on a fresh machine is one command: `make demo` or `make test`. Each builds what it needs.
+PLATFORM ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+LOCK := deploy/requirements/$(PLATFORM).lock
+STAMP := .venv/installed-$(PLATFORM)
+BIN := .venv/bin
+
+# One process a core: two libraries that each start a thread per core starve each other.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup up demo test lint format lock clean
+
+help: ## list the commands
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(STAMP) ## build .venv from the lock
+$(STAMP): $(LOCK) deploy/requirements/torch.txt deploy/requirements/install.sh pyproject.toml
+	deploy/requirements/install.sh $(PLATFORM)
+	@touch $@
+
+up: setup ## Redis, server and training worker on this machine; Ctrl-C stops them
+	$(BIN)/python -m deploy up
+
+demo: setup ## one whole improvement cycle with simulated labelers
+	$(BIN)/python -m train.tinyworld.demo
+
+test: lint ## all that CI runs
+	$(BIN)/python -m pytest
+
+lint: setup ## style, types and layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+UV_COMPILE = uv pip compile --quiet --python-version 3.11 --no-annotate --custom-compile-command "make lock" --extra train --extra test
+lock: ## renew both locks from pyproject.toml (needs uv)
+	$(UV_COMPILE) --extra cpu --override deploy/requirements/exclude-cpu.txt pyproject.toml deploy/requirements/torch-cpu.in -o deploy/requirements/cpu.lock
+	$(UV_COMPILE) --extra gpu pyproject.toml -o deploy/requirements/gpu.lock
+
+clean: ## remove what was built and cached; state/ stays
+	rm -rf .venv *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

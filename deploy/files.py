@@ -1,0 +1,192 @@
+"""The files of a version: which may be in it, what they digest to, and how they reach the disk for good.
+
+A version holds weights as safetensors, a tokenizer and JSON settings, and nothing that could run: no
+pickle, no symlink, no subdirectory, no ``auto_map`` naming code. Names are allowed one by one, because a
+loader picks files up by name.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from deploy.errors import PublishRefused, VersionCorrupt
+from deploy.versions import FileDigest, Manifest, Version, VersionKind
+
+MANIFEST = "manifest.json"
+MANIFEST_DIGEST = "manifest.sha256"
+
+_ALLOWED = re.compile(
+    r"(config|generation_config|model\.safetensors\.index|tokenizer|tokenizer_config|special_tokens_map"
+    r"|added_tokens|vocab|chat_template)\.json"
+    r"|(model|model-\d{5}-of-\d{5}|head)\.safetensors"
+    r"|merges\.txt|tokenizer\.model|chat_template\.jinja"
+)
+_CHUNK_BYTES = 1 << 20
+
+
+def files_to_publish(source: Path) -> list[Path]:
+    """The files of ``source``, each one allowed in a version.
+
+    Raises:
+        PublishRefused: A file is not allowed, is a link, names code to run, or the weights are missing.
+    """
+    if not source.is_dir():
+        raise PublishRefused(f"{source} is not a directory")
+    files = sorted(source.iterdir())
+    for path in files:
+        if path.is_symlink() or not path.is_file():
+            raise PublishRefused(f"{path.name} is not a regular file; a version holds files only, no links")
+        if not _ALLOWED.fullmatch(path.name):
+            raise PublishRefused(f"{path.name} may not be in a version (safetensors, tokenizer and config files only)")
+        if path.suffix == ".json":
+            _check_json(path)
+    names = {path.name for path in files}
+    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+        raise PublishRefused(f"{source} holds no model: config.json and *.safetensors are needed")
+    return files
+
+
+def _check_json(path: Path) -> None:
+    try:
+        document = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise PublishRefused(f"{path.name} is not JSON: {error}") from error
+    if _names_code(document):
+        raise PublishRefused(f"{path.name} has auto_map, which loads code; a version never runs code")
+
+
+def _names_code(document: object) -> bool:
+    if isinstance(document, dict):
+        return "auto_map" in document or any(_names_code(value) for value in document.values())
+    return isinstance(document, list) and any(_names_code(value) for value in document)
+
+
+def digest(path: Path) -> FileDigest:
+    """Size and sha256 of a file."""
+    sha256, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            sha256.update(chunk)
+            size += len(chunk)
+    return FileDigest(bytes=size, sha256=sha256.hexdigest())
+
+
+def copy_durably(source: Path, target: Path) -> FileDigest:
+    """Copy a file, read-only, fsynced; returns what was written."""
+    sha256, size = hashlib.sha256(), 0
+    with source.open("rb") as reader, target.open("xb") as writer:
+        while chunk := reader.read(_CHUNK_BYTES):
+            sha256.update(chunk)
+            size += writer.write(chunk)
+        writer.flush()
+        _seal(writer.fileno())
+    return FileDigest(bytes=size, sha256=sha256.hexdigest())
+
+
+def write_durably(target: Path, content: bytes) -> None:
+    """Write a new file, read-only, fsynced."""
+    with target.open("xb") as writer:
+        writer.write(content)
+        writer.flush()
+        _seal(writer.fileno())
+
+
+def _seal(descriptor: int) -> None:
+    os.fchmod(descriptor, 0o444)
+    os.fsync(descriptor)
+
+
+def replace_atomically(target: Path, content: bytes) -> None:
+    """Replace a file so that a reader, or a power cut, finds the old content or the new, never half."""
+    temporary = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
+    with temporary.open("xb") as writer:
+        writer.write(content)
+        writer.flush()
+        os.fsync(writer.fileno())
+    temporary.replace(target)
+    sync_directory(target.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the directory's entries (names, renames) survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write the manifest last: whatever has one is whole. Its own digest lies beside it, for ``sha256sum -c``."""
+    body = manifest.model_dump_json(indent=2).encode() + b"\n"
+    write_durably(directory / MANIFEST_DIGEST, f"{hashlib.sha256(body).hexdigest()}  {MANIFEST}\n".encode())
+    write_durably(directory / MANIFEST, body)
+    sync_directory(directory)
+
+
+def read_manifest(path: Path, kind: VersionKind, number: int) -> Manifest:
+    """The manifest in a version's directory. Raises VersionCorrupt where it is not what was published."""
+    try:
+        body = (path / MANIFEST).read_bytes()
+        recorded = (path / MANIFEST_DIGEST).read_text().split()[0]
+    except (OSError, UnicodeDecodeError, IndexError) as error:
+        raise VersionCorrupt(f"{path / MANIFEST}: cannot be read: {error}") from error
+    if (found := hashlib.sha256(body).hexdigest()) != recorded:
+        raise VersionCorrupt(f"{path / MANIFEST}: sha256 {found}, published with {recorded}")
+    try:
+        manifest = Manifest.model_validate_json(body)
+    except ValidationError as error:
+        raise VersionCorrupt(f"{path / MANIFEST}: does not fit its schema: {error.error_count()} errors") from error
+    if (manifest.kind, manifest.version) != (kind, number):
+        raise VersionCorrupt(f"{path / MANIFEST}: describes {manifest.kind} version {manifest.version}")
+    return manifest
+
+
+def check_files(version: Version) -> None:
+    """Compare every file with its digest. Raises VersionCorrupt naming the file and what differs."""
+    read_manifest(version.path, version.kind, version.number)
+    expected = version.manifest.files
+    present = {path.name for path in version.path.iterdir()} - {MANIFEST, MANIFEST_DIGEST}
+    for name in sorted(present | expected.keys()):
+        path = version.path / name
+        if name not in present:
+            raise VersionCorrupt(f"{path}: missing from {version}")
+        if name not in expected or path.is_symlink() or not path.is_file():
+            raise VersionCorrupt(f"{path}: was not published with {version}")
+        found = digest(path)
+        if found.bytes != expected[name].bytes:
+            raise VersionCorrupt(f"{path}: {found.bytes} bytes, published with {expected[name].bytes}")
+        if found.sha256 != expected[name].sha256:
+            raise VersionCorrupt(f"{path}: sha256 {found.sha256}, published with {expected[name].sha256}")
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a directory; the kernel drops it should this process die."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_locked(directory: Path) -> bool:
+    """True where a living process holds ``locked(directory)``."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(descriptor)

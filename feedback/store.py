@@ -1,0 +1,322 @@
+"""``FeedbackStore``: the only issuer of feedback commands to Redis.
+
+The log ``fb:log`` is the source of truth. A record counts as stored once ``append`` returns: under
+``appendfsync always`` its reply comes after the fsync. Nothing is retried behind the caller's back; a caller that
+got StoreUnavailable appends the same again, and idempotency makes one record of both.
+"""
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import NoScriptError, RedisError
+
+from feedback import keys
+from feedback.batcher import Batcher
+from feedback.errors import CorruptRecord, IdempotencyKeyReuse, StoreUnavailable
+from feedback.records import (
+    BlindTask,
+    Comparison,
+    Demonstration,
+    Prompt,
+    StoredCompletion,
+    content_digest,
+    decode,
+    encode,
+    pack,
+    unpack,
+)
+from feedback.settings import FeedbackSettings, SettingsError
+
+DURABLE = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
+"""The live configuration without which an acknowledged record may be lost."""
+QUEUE_SHARE = 0.4
+"""Part of the socket timeout that an append may wait for its batch: both together stay within 1.5 s by default."""
+
+_APPEND = Path(__file__).with_name("append.lua").read_text()
+_APPEND_SHA1 = hashlib.sha1(_APPEND.encode()).hexdigest()
+_Reply = Any  # redis-py types replies as bytes | str, whichever decode_responses chose; here they are bytes
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Appended:
+    """A record that is on disk; ``replayed`` where an earlier append had put it there."""
+
+    record: Comparison | Demonstration
+    stream_id: str
+    replayed: bool
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """One record of the log and its place."""
+
+    stream_id: str
+    record: Comparison | Demonstration
+
+
+@dataclass(frozen=True)
+class _Append:
+    script_keys: tuple[str, ...]
+    script_arguments: tuple[str | bytes | int, ...]
+
+
+class FeedbackStore:
+    """Feedback in Redis. Make one per process with ``connect``; every method may raise StoreUnavailable."""
+
+    def __init__(self, client: Redis, settings: FeedbackSettings, where: str) -> None:
+        self._redis = client
+        self._settings = settings
+        self._where = where
+        self._quarantined: set[str] = set()
+        self._appends: Batcher[_Append, tuple[str, str]] = Batcher(
+            self._send_appends,
+            max_wait_seconds=QUEUE_SHARE * settings.socket_timeout_seconds,
+            too_late=lambda: StoreUnavailable("more feedback arrives than Redis can take; this record was not stored"),
+        )
+
+    @classmethod
+    def connect(cls, url: str, settings: FeedbackSettings) -> Self:
+        """A store on the Redis at ``url`` (unix://, redis:// or rediss://); connects when first used."""
+        seconds = settings.socket_timeout_seconds
+        try:
+            pool = BlockingConnectionPool.from_url(
+                url,
+                max_connections=settings.max_connections,
+                timeout=seconds,
+                socket_timeout=seconds,
+                socket_connect_timeout=seconds,
+                retry=Retry(NoBackoff(), 0),
+                protocol=2,
+            )
+        except ValueError as error:
+            raise SettingsError(f"settings: redis_url: {error}") from error
+        parts = urlsplit(url)
+        return cls(Redis.from_pool(pool), settings, f"{parts.scheme}://{parts.hostname or ''}{parts.path}")
+
+    @property
+    def quarantined(self) -> int:
+        """How many damaged records this store has met; they stay in the log and are never handed out."""
+        return len(self._quarantined)
+
+    async def append(
+        self,
+        record: Comparison | Demonstration,
+        *,
+        idempotency_key: str | None = None,
+        body_digest: str | None = None,
+    ) -> Appended:
+        """Add a record to the log, durably and once.
+
+        Args:
+            record: what to add.
+            idempotency_key: the caller's name for this act, within ``record.principal``; without one
+                the body digest serves.
+            body_digest: digest of what the caller sent; without one, of what the record says.
+
+        Returns:
+            The record, or on a replay the first one, with its stream id.
+
+        Raises:
+            IdempotencyKeyReuse: the key was used with another body.
+            StoreUnavailable: nothing was acknowledged; append again with the same key or body.
+        """
+        said = body_digest or content_digest(record)
+        body, sha256 = encode(record)
+        script_keys = [keys.LOG, keys.idempotency(record.principal, idempotency_key, said), keys.stream_id(record.id)]
+        if isinstance(record, Comparison):
+            script_keys.append(keys.latest_comparison(record.candidates_key()))
+        ttl = self._settings.idempotency_ttl_seconds
+        outcome, stream_id = await self._appends.submit(
+            _Append(tuple(script_keys), (record.kind, record.id, body, sha256, said, ttl))
+        )
+        if outcome == "reuse":
+            raise IdempotencyKeyReuse("the idempotency key was used before with another body; use a new key")
+        if outcome == "replayed":
+            return Appended(await self._read(stream_id), stream_id, replayed=True)
+        return Appended(record, stream_id, replayed=False)
+
+    async def record(self, record_id: str) -> Comparison | Demonstration | None:
+        """The record of that id, or None. Raises CorruptRecord where it is damaged."""
+        async with self._answering():
+            stream_id: _Reply = await self._redis.get(keys.stream_id(record_id))
+        return None if stream_id is None else await self._read(stream_id.decode())
+
+    async def in_force(self, comparisons: Sequence[Comparison]) -> list[bool]:
+        """For each comparison whether it is its labeler's latest on those candidates."""
+        if not comparisons:
+            return []
+        async with self._answering():
+            latest = await self._redis.mget([keys.latest_comparison(c.candidates_key()) for c in comparisons])
+        return [found == c.id.encode() for found, c in zip(latest, comparisons, strict=True)]
+
+    async def scan(self, after: str = "0-0", batch: int = 500) -> AsyncIterator[LogEntry]:
+        """The log's records behind stream id ``after``, in order; damaged ones are skipped and quarantined."""
+        async for entries in self.batches(after, batch):
+            for entry in entries:
+                yield entry
+
+    async def batches(self, after: str = "0-0", size: int = 500) -> AsyncIterator[list[LogEntry]]:
+        """The same records as ``scan`` gives, as many at a time as one command reads: at most ``size``."""
+        while True:
+            async with self._answering():
+                entries: _Reply = await self._redis.xrange(keys.LOG, min=f"({after}", count=size)
+            if not entries:
+                return
+            after = entries[-1][0].decode()
+            batch = []
+            for stream_id, fields in entries:
+                with suppress(CorruptRecord):  # counted and logged where it is found
+                    batch.append(LogEntry(stream_id.decode(), self._decode(stream_id.decode(), fields)))
+            yield batch
+
+    async def head(self) -> str:
+        """Stream id of the newest record, ``0-0`` where there is none."""
+        async with self._answering():
+            newest: _Reply = await self._redis.xrevrange(keys.LOG, count=1)
+        return newest[0][0].decode() if newest else "0-0"
+
+    async def keep(self, completions: Sequence[StoredCompletion]) -> None:
+        """Keep served completions so that feedback can name them; those with ``store: false`` are not kept."""
+        wanted = [completion for completion in completions if completion.store is not False]
+        if not wanted:
+            return
+        async with self._answering(), self._redis.pipeline(transaction=False) as pipe:
+            for completion in wanted:
+                key, packed = keys.completion(completion.id), pack(completion)
+                if completion.store:
+                    pipe.set(key, packed)
+                    pipe.zadd(keys.completions_of(completion.principal), {completion.id: completion.created})
+                else:
+                    pipe.set(key, packed, ex=self._settings.completion_ttl_seconds)
+            pipe.zadd(keys.POOL, {completion.id: completion.created for completion in wanted})
+            pipe.zremrangebyrank(keys.POOL, 0, -self._settings.pool_prompts - 1)
+            await pipe.execute()
+
+    async def completion(self, completion_id: str) -> StoredCompletion | None:
+        """A kept completion, or None. Raises CorruptRecord where it is damaged."""
+        async with self._answering():
+            packed: _Reply = await self._redis.get(keys.completion(completion_id))
+        return None if packed is None else unpack(StoredCompletion, packed)
+
+    async def pool_prompts(self, count: int) -> list[Prompt]:
+        """At most ``count`` different prompts of kept completions, newest first."""
+        found: dict[str, Prompt] = {}
+        start = 0
+        while len(found) < count:
+            async with self._answering():
+                ids: _Reply = await self._redis.zrevrange(keys.POOL, start, start + count - 1)
+                packed: _Reply = await self._redis.mget([keys.completion(i.decode()) for i in ids]) if ids else []
+            if not ids:
+                break
+            gone = []
+            for completion_id, kept in zip(ids, packed, strict=True):
+                try:
+                    prompts = unpack(StoredCompletion, kept).prompts if kept is not None else ()
+                except CorruptRecord as error:
+                    _log.error("%s leaves the prompt pool: %s", completion_id.decode(), error)
+                    prompts = ()
+                if not prompts:
+                    gone.append(completion_id)
+                for prompt in prompts:
+                    found.setdefault(prompt.key(), prompt)
+            if gone:
+                async with self._answering():
+                    await self._redis.zrem(keys.POOL, *gone)
+            start += len(ids) - len(gone)
+        return list(found.values())[:count]
+
+    async def keep_task(self, task: BlindTask) -> None:
+        """Keep a blind task until its labeler's comparison can no longer be in time."""
+        async with self._answering():
+            await self._redis.set(keys.task(task.id), pack(task), ex=self._settings.task_ttl_seconds)
+
+    async def task(self, task_id: str) -> BlindTask | None:
+        """A blind task, or None. Raises CorruptRecord where it is damaged."""
+        async with self._answering():
+            packed: _Reply = await self._redis.get(keys.task(task_id))
+        return None if packed is None else unpack(BlindTask, packed)
+
+    async def durability_problems(self) -> list[str]:
+        """Why a record acknowledged now might be lost, a sentence each; empty where it would not be."""
+        problems = []
+        try:
+            async with self._answering():
+                for name, wanted in DURABLE.items():
+                    live = (await self._redis.config_get(name)).get(name)
+                    if live != wanted:
+                        problems.append(f"Redis runs with {name} {live}; it must be {wanted}")
+                await self._redis.set(keys.PROBE, int(time.time()), ex=keys.PROBE_TTL_SECONDS)
+        except StoreUnavailable as error:
+            problems.append(str(error))
+        return problems
+
+    async def close(self) -> None:
+        """Wait for the appends under way and let the connections go."""
+        await self._appends.close()
+        await self._redis.aclose()
+
+    async def _send_appends(self, batch: Sequence[_Append]) -> list[tuple[str, str] | Exception]:
+        async with self._answering():
+            replies = await self._run_script(batch, load=False)
+            if unknown := [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]:
+                # Redis was restarted and has forgotten the script: none of these ran.
+                again = await self._run_script([batch[i] for i in unknown], load=True)
+                for i, reply in zip(unknown, again, strict=True):
+                    replies[i] = reply
+        return [
+            self._unavailable(reply) if isinstance(reply, Exception) else (reply[0].decode(), reply[1].decode())
+            for reply in replies
+        ]
+
+    async def _run_script(self, batch: Sequence[_Append], *, load: bool) -> list[Any]:
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for append in batch:
+                values = [*append.script_keys, *append.script_arguments]
+                if load:
+                    pipe.eval(_APPEND, len(append.script_keys), *values)
+                else:
+                    pipe.evalsha(_APPEND_SHA1, len(append.script_keys), *values)
+            return await pipe.execute(raise_on_error=False)
+
+    async def _read(self, stream_id: str) -> Comparison | Demonstration:
+        async with self._answering():
+            entries: _Reply = await self._redis.xrange(keys.LOG, min=stream_id, max=stream_id)
+        if not entries:
+            raise CorruptRecord(f"the log has no entry {stream_id}, which an index names")
+        return self._decode(stream_id, entries[0][1])
+
+    def _decode(self, stream_id: str, fields: dict[bytes, bytes]) -> Comparison | Demonstration:
+        try:
+            return decode(fields.get(b"json", b""), fields.get(b"sha256", b"").decode(errors="replace"))
+        except CorruptRecord as error:
+            if stream_id not in self._quarantined:
+                self._quarantined.add(stream_id)
+                _log.error("record %s is quarantined: %s", stream_id, error)
+            raise
+
+    @asynccontextmanager
+    async def _answering(self) -> AsyncIterator[None]:
+        """Bounds what is done inside to the socket timeout and turns Redis's errors into StoreUnavailable."""
+        try:
+            async with asyncio.timeout(self._settings.socket_timeout_seconds):
+                yield
+        except TimeoutError as error:
+            seconds = self._settings.socket_timeout_seconds
+            raise StoreUnavailable(f"Redis at {self._where} did not answer within {seconds:g} s") from error
+        except (RedisError, OSError) as error:
+            raise self._unavailable(error) from error
+
+    def _unavailable(self, error: Exception) -> StoreUnavailable:
+        return StoreUnavailable(f"Redis at {self._where} cannot serve: {error}")

@@ -1,0 +1,96 @@
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from feedback.batcher import MAX_BATCH, Batcher
+
+
+class Late(Exception):
+    pass
+
+
+class Doubler:
+    """Answers twice the number, an error for a negative one; a batch with 13 fails as a whole."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.batches: list[list[int]] = []
+        self.seconds = seconds
+
+    async def send(self, batch: Sequence[int]) -> list[int | Exception]:
+        self.batches.append(list(batch))
+        await asyncio.sleep(self.seconds)
+        if 13 in batch:
+            raise ConnectionError("13")
+        return [2 * n if n >= 0 else ValueError(n) for n in batch]
+
+
+def batcher(doubler: Doubler, max_wait_seconds: float = 10.0) -> Batcher[int, int]:
+    return Batcher(doubler.send, max_wait_seconds=max_wait_seconds, too_late=Late)
+
+
+async def test_callers_of_one_turn_share_a_batch_and_get_their_own_answers() -> None:
+    doubler = Doubler()
+    answers = await asyncio.gather(*map(batcher(doubler).submit, range(100, 164)))
+    assert answers == [2 * n for n in range(100, 164)]
+    assert len(doubler.batches) <= 2
+
+
+async def test_one_error_is_only_its_callers() -> None:
+    answers = await asyncio.gather(*map(batcher(Doubler()).submit, [1, -1, 2]), return_exceptions=True)
+    assert answers[0] == 2
+    assert isinstance(answers[1], ValueError)
+    assert answers[2] == 4
+
+
+async def test_a_failed_batch_fails_those_who_wait_behind_it_and_the_next_one_works() -> None:
+    doubler = Doubler(seconds=0.02)
+    group = batcher(doubler)
+    first = asyncio.create_task(group.submit(13))
+    await asyncio.sleep(0.01)
+    behind = asyncio.create_task(group.submit(1))
+    for task in (first, behind):
+        with pytest.raises(ConnectionError, match="13"):
+            await task
+    assert doubler.batches == [[13]]
+    assert await group.submit(2) == 4
+
+
+async def test_a_batch_is_bounded() -> None:
+    doubler = Doubler()
+    await asyncio.gather(*map(batcher(doubler).submit, range(2 * MAX_BATCH + 20, 4 * MAX_BATCH + 40)))
+    assert max(len(batch) for batch in doubler.batches) == MAX_BATCH
+
+
+async def test_who_waited_too_long_is_told_so_and_not_sent() -> None:
+    doubler = Doubler(seconds=0.05)
+    group = batcher(doubler, max_wait_seconds=0.01)
+    first = asyncio.create_task(group.submit(1))
+    await asyncio.sleep(0.005)
+    with pytest.raises(Late):
+        await group.submit(2)
+    assert await first == 2
+    await group.close()
+    assert [n for batch in doubler.batches for n in batch] == [1]
+
+
+async def test_an_item_whose_caller_left_is_not_sent() -> None:
+    doubler = Doubler(seconds=0.02)
+    group = batcher(doubler)
+    first = asyncio.create_task(group.submit(1))
+    await asyncio.sleep(0.005)
+    left = asyncio.create_task(group.submit(2))
+    await asyncio.sleep(0)
+    left.cancel()
+    await first
+    await group.close()
+    assert [n for batch in doubler.batches for n in batch] == [1]
+
+
+async def test_close_waits_for_what_was_submitted() -> None:
+    group = batcher(Doubler(seconds=0.02))
+    await group.close()
+    task = asyncio.create_task(group.submit(4))
+    await asyncio.sleep(0)
+    await group.close()
+    assert await asyncio.wait_for(task, 0.01) == 8

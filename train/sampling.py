@@ -1,0 +1,164 @@
+"""Completions from a policy: sampled episodes for learning, greedy ones for checking.
+
+Sampling for PPO is by temperature alone: top-p or top-k would sample from another distribution than the one
+whose log-probabilities are learnt from. The log-probability of every sampled token is returned; in fp32 it
+equals what a forward pass over the whole sequence gives to 1e-5, so training need not compute it again.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from train.batches import Batch, collate
+from train.errors import DatasetUnusable
+
+SEQUENCES_PER_FORWARD = 512
+"""Most prompts that are continued side by side; bounds the memory of the key-value cache."""
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """B prompts and one completion of each.
+
+    Attributes:
+        prompts: token ids.
+        completions: token ids, cut after the first EOS, which is included.
+        batch: both as tensors; R is the longest completion.
+        logprobs: [B, R] log-probability of each completion token at the sampling temperature; 0 on the padding.
+        finished: [B] True where the completion ends in EOS.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    completions: tuple[tuple[int, ...], ...]
+    batch: Batch
+    logprobs: Tensor
+    finished: Tensor
+
+
+def sample_episodes(
+    policy: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    eos_id: int,
+    pad_id: int,
+    max_completion_tokens: int,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+) -> Episodes:
+    """One sampled completion per prompt; the same generator state gives the same episodes.
+
+    Raises:
+        DatasetUnusable: where a prompt is empty, or leaves the policy no room for ``max_completion_tokens``.
+    """
+
+    def choose(logits: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs = (logits / temperature).log_softmax(-1)
+        return torch.multinomial(logprobs.exp(), 1, generator=generator).squeeze(1), logprobs
+
+    return _complete(policy, prompts, eos_id, pad_id, max_completion_tokens, choose)
+
+
+def greedy(
+    policy: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    eos_id: int,
+    pad_id: int,
+    max_completion_tokens: int,
+) -> Episodes:
+    """The most probable token at every step, with log-probabilities at temperature 1. Raises as sample_episodes."""
+
+    def choose(logits: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs = logits.log_softmax(-1)
+        return logprobs.argmax(-1), logprobs
+
+    return _complete(policy, prompts, eos_id, pad_id, max_completion_tokens, choose)
+
+
+def check_room(policy: PreTrainedModel, prompts: Sequence[Sequence[int]], max_completion_tokens: int) -> None:
+    """Raise DatasetUnusable where a prompt is so long that ``max_completion_tokens`` more do not fit the policy."""
+    window = int(policy.config.max_position_embeddings)
+    if longest := next((len(prompt) for prompt in prompts if len(prompt) + max_completion_tokens > window), None):
+        raise DatasetUnusable(
+            f"a prompt of {longest} tokens leaves no room for {max_completion_tokens} more: the policy reads {window}; "
+            "drop such prompts or lower max_completion_tokens"
+        )
+
+
+_Choose = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""From [b, V] logits: the next token of each sequence [b], and all log-probabilities [b, V]."""
+
+
+def _complete(
+    policy: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    eos_id: int,
+    pad_id: int,
+    max_completion_tokens: int,
+    choose: _Choose,
+) -> Episodes:
+    check_room(policy, prompts, max_completion_tokens)
+    completions: list[tuple[int, ...]] = []
+    logprobs = torch.zeros(len(prompts), max_completion_tokens)
+    for start in range(0, len(prompts), SEQUENCES_PER_FORWARD):
+        part = prompts[start : start + SEQUENCES_PER_FORWARD]
+        tokens, lengths = _continue(
+            policy, part, eos_id, pad_id, choose, logprobs[start : start + SEQUENCES_PER_FORWARD]
+        )
+        completions += [tuple(row[:length]) for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+    batch = collate(prompts, completions, pad_id)
+    return Episodes(
+        prompts=tuple(map(tuple, prompts)),
+        completions=tuple(completions),
+        batch=batch,
+        logprobs=logprobs[:, : batch.completion_mask.shape[1]],
+        finished=torch.tensor([completion[-1] == eos_id for completion in completions]),
+    )
+
+
+@torch.no_grad()
+def _continue(
+    policy: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    eos_id: int,
+    pad_id: int,
+    choose: _Choose,
+    logprobs: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Continue prompts side by side with a key-value cache; sequences that are finished leave the computation.
+
+    Fills ``logprobs`` [B, max_completion_tokens]; returns tokens of the same shape and the lengths [B].
+    """
+    count, limit = logprobs.shape
+    start = collate(prompts, [()] * count, pad_id)
+    tokens = torch.full((count, limit), pad_id)
+    lengths = torch.full((count,), limit)
+    mask = torch.cat([start.attention_mask, torch.ones(count, limit, dtype=torch.long)], dim=1)
+    width, next_position = start.prompt_length, start.attention_mask.sum(1)
+    live, cache = torch.arange(count), DynamicCache(config=policy.config)
+    input_ids, position_ids = start.input_ids, start.position_ids
+    for step in range(limit):
+        output = policy(
+            input_ids=input_ids,
+            attention_mask=mask[live, : width + step],
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        chosen, all_logprobs = choose(output.logits[:, -1])
+        tokens[live, step] = chosen
+        logprobs[live, step] = all_logprobs.gather(1, chosen.unsqueeze(1)).squeeze(1)
+        ended = chosen == eos_id
+        if ended.any():
+            lengths[live[ended]] = step + 1
+            going = (~ended).nonzero().squeeze(1)
+            live, chosen = live[going], chosen[going]
+            if not len(live):
+                break
+            cache.batch_select_indices(going)
+        input_ids, position_ids = chosen.unsqueeze(1), (next_position[live] + step).unsqueeze(1)
+    return tokens, lengths
