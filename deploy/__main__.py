@@ -27,6 +27,7 @@ from deploy.operations import Transition
 from deploy.registry import Registry, ReleaseStore
 from deploy.release import Release
 from deploy.settings import DeploySettings
+from deploy.up import up as run_loop
 from deploy.versions import Draft, Version, VersionKind, differences
 from feedback.embedded import connect_url
 from feedback.errors import FeedbackError
@@ -126,6 +127,15 @@ def diff(context: typer.Context, a: int, b: int, reward_model: OfRewardModel = F
     for name, (left, right) in found.items():
         table.add_row(name, str(left), str(right))
     Console().print(table)
+
+
+@app.command()
+def up(
+    context: typer.Context, port: Annotated[int, typer.Option(help="Port of the server on loopback.")] = 8000
+) -> None:
+    """Run Redis, a server and a training worker on this machine until Ctrl-C."""
+    with _refusing():
+        run_loop(context.obj.loop, port, typer.echo)
 
 
 @app.command()

@@ -6,7 +6,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, NoReturn, TextIO, TypeVar
 
@@ -50,7 +50,7 @@ def stats(
     """Count the log's records by kind, labeler and policy version."""
     found = _with_store(state, redis_url, _count)
     if as_json:
-        typer.echo(json.dumps(asdict(found)))
+        typer.echo(json.dumps(vars(found)))
         return
     table = Table("what", "which", "records")
     for what, counts in {"kind": found.kinds, "labeler": found.labelers, "version": found.versions}.items():

@@ -200,6 +200,8 @@ def _shut_down(url: str) -> None:
 
 
 def _wait_until_free(path: Path) -> None:
+    if not path.exists():  # the state directory was deleted under us
+        return
     deadline = time.monotonic() + keeper.STOP_SECONDS
     with path.open("ab") as file:
         while not keeper.lock(file, fcntl.LOCK_EX) and time.monotonic() < deadline:

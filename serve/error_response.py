@@ -5,6 +5,7 @@ its mid-stream errors. Messages never echo the offending value.
 """
 
 import json
+import logging
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,6 +16,8 @@ from starlette.responses import JSONResponse
 from deploy.errors import DeployError
 from feedback.errors import IdempotencyKeyReuse, StoreUnavailable
 from serve.errors import BodyTooLarge, EngineFailed, InvalidRequest, ModelNotFound, NotFound, NotServing
+
+log = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 5
 """What a client is told to wait after 429 and 503; at most 60 by contract."""
@@ -107,9 +110,15 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(IdempotencyKeyReuse, answer(422, "idempotency_key_reuse"))
     app.add_exception_handler(NotServing, answer(503))
     app.add_exception_handler(EngineFailed, answer(503))
-    app.add_exception_handler(StoreUnavailable, answer(503, "feedback_unavailable"))
+    app.add_exception_handler(StoreUnavailable, _store_unavailable)
     app.add_exception_handler(DeployError, answer(503))
     app.add_exception_handler(Exception, _unexpected)
+
+
+async def _store_unavailable(request: Request, error: Exception) -> JSONResponse:
+    # The reason names hosts and paths of ours: it goes to the log.
+    log.warning("feedback refused", extra={"why": str(error)})
+    return error_response(503, "feedback cannot be kept right now; nothing was kept", None, "feedback_unavailable")
 
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 from redis import Redis
+from running_server import RunningServer, build_policy, publish_policy, start_server
 
+from deploy.registry import Registry
 from feedback.embedded import EmbeddedRedis, start_or_join
 from feedback.records import Candidate, Comparison, Prompt, new_id
 
@@ -58,3 +60,34 @@ def make_comparison() -> Callable[..., Comparison]:
         return record.model_copy(update=changes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def byte_policy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Directory of the random policy of a seed, made once."""
+    made: dict[int, Path] = {}
+
+    def get(seed: int) -> Path:
+        if seed not in made:
+            made[seed] = build_policy(tmp_path_factory.mktemp(f"policy-{seed}"), seed)
+        return made[seed]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def server(byte_policy: Callable[[int], Path]) -> Iterator[RunningServer]:
+    """Version 1 stable and versions 2 and 3 published; tests leave the release as they found it."""
+    state = Path(tempfile.mkdtemp(prefix="il-"))
+    registry = Registry(state)
+    for seed in (1, 2, 3):
+        publish_policy(registry, byte_policy(seed))
+    with start_or_join(state) as redis:
+        running = start_server(state, redis.url, "--policy", "1")
+        try:
+            running.wait_ready()
+            yield running
+        finally:
+            running.process.terminate()
+            running.process.wait(60)
+    shutil.rmtree(state)

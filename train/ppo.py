@@ -91,7 +91,8 @@ def run(
         on_iteration: called after each iteration with its episodes.
 
     Returns:
-        The numbers of the last iteration (see ``_numbers``), ``score_sd`` and ``nonfinite_weights``.
+        The numbers of the last iteration (see ``_numbers`` and ``_summary``), ``score_sd``, ``missing_eos_score`` and
+        ``nonfinite_weights``.
 
     Raises:
         DatasetUnusable: where prompts do not fit the policy, or pretraining text is missing.
@@ -176,6 +177,7 @@ def run(
     return {
         **learner.history[-1],
         "score_sd": learner.score_sd,
+        "missing_eos_score": learner.missing_eos_score,
         "nonfinite_weights": nonfinite_weights(result),
     }
 

@@ -153,6 +153,11 @@ class TrainSettings(TableSettings):
 
     table = "train"
     model_config = SettingsConfigDict(env_prefix="INSTRUCTLOOP_TRAIN__")
+    pretraining_text: str | None = Field(
+        None,
+        description="text for the pretraining mix of SFT and PPO: a file with one document per line, or tinyworld; "
+        "None: there is none, and ptx_coef and pretraining_mix must be 0",
+    )
     pretrain: PretrainSettings = Field(PretrainSettings(), description="next-token training")
     sft: SftSettings = Field(SftSettings(), description="supervised fine-tuning")
     reward_model: RewardModelSettings = Field(RewardModelSettings(), description="reward model training")

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -52,7 +53,7 @@ def test_stats_counts_what_the_log_holds(state: Path) -> None:
     done = feedback("stats", "--json", "--state", state)
     assert done.returncode == 0
     found = json.loads(done.stdout)
-    assert found.pop("head").endswith("-0")
+    assert re.fullmatch(r"\d{13}-\d", found.pop("head"))
     assert found == {
         "kinds": {"comparison": 3, "demonstration": 1},
         "labelers": {"L-1": 2, "L-2": 2},
@@ -71,7 +72,7 @@ def test_native_export_is_the_whole_log(state: Path) -> None:
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["kind"] for row in rows] == ["comparison", "comparison", "comparison", "demonstration"]
     assert [row["stream_id"] for row in rows] == sorted(row["stream_id"] for row in rows)
-    assert done.stderr.startswith("4 lines, 1 records left out")
+    assert "\n4 lines, 1 records left out" in done.stderr
 
 
 def test_pair_export_leaves_out_what_was_replaced_and_what_it_cannot_say(state: Path, tmp_path: Path) -> None:
@@ -83,7 +84,7 @@ def test_pair_export_leaves_out_what_was_replaced_and_what_it_cannot_say(state: 
         {"prompt": "tell me about a frog", "chosen": "text 2", "rejected": "text 2"},
     ]
     assert done.stdout == ""
-    assert done.stderr.startswith("3 lines, 2 records left out")
+    assert "\n3 lines, 2 records left out" in done.stderr
     assert list(tmp_path.iterdir()) == [output]
     assert "preferred_output" in feedback("export", "--format", "openai", "--state", state).stdout
 

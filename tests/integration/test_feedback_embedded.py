@@ -1,5 +1,6 @@
 import fcntl
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -16,7 +17,7 @@ from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from feedback import keeper
-from feedback.embedded import connect_url, start_or_join
+from feedback.embedded import MAX_SOCKET_PATH_BYTES, connect_url, start_or_join
 from feedback.errors import EmbeddedRedisError
 from feedback.settings import LoopSettings
 
@@ -163,6 +164,22 @@ def test_a_long_state_path_gets_a_private_socket_elsewhere(state_dir: Path, monk
             assert joined.url == server.url
         assert answers(server.url)
     assert not path.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("bytes_long", "in_state"), [(MAX_SOCKET_PATH_BYTES, True), (MAX_SOCKET_PATH_BYTES + 1, False)]
+)
+def test_a_socket_stays_in_the_state_directory_while_it_fits(state_dir: Path, bytes_long: int, in_state: bool) -> None:
+    deep = state_dir / ("x" * (bytes_long - len(f"{state_dir}//redis/redis.sock")))
+    with start_or_join(deep) as server:
+        assert answers(server.url)
+        assert (deep / "redis" / "redis.sock").exists() == in_state
+
+
+def test_a_state_directory_deleted_under_it_does_not_break_closing(state_dir: Path) -> None:
+    server = start_or_join(state_dir / "gone")
+    shutil.rmtree(state_dir / "gone")
+    server.close()
 
 
 def test_a_socket_directory_that_others_can_enter_is_refused(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

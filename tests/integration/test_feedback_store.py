@@ -1,5 +1,5 @@
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -31,8 +31,9 @@ async def store(redis_url: str) -> AsyncIterator[FeedbackStore]:
 
 
 @pytest.fixture
-def redis(redis_url: str) -> Redis:
-    return Redis.from_url(redis_url, decode_responses=True)
+def redis(redis_url: str) -> Iterator[Redis]:
+    with Redis.from_url(redis_url, decode_responses=True) as client:
+        yield client
 
 
 def completion(number: int, *, prompt: str | None = None, store: bool | None = None) -> StoredCompletion:

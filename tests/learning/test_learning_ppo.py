@@ -1,15 +1,18 @@
 """PPO raises the score while the KL to the reference stays bounded; a stopped run resumed is the same run."""
 
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
+from tiny_policies import saved_policy, tiny_policy
 
 from train import ppo, reward_model
 from train.batches import RankedPrompt, TokenStream
-from train.models import load_policy
 from train.sampling import Episodes
 from train.settings import PpoSettings, RewardModelSettings
 
@@ -39,6 +42,11 @@ def stream() -> TokenStream:
 
 
 @pytest.fixture
+def policy_dir(tmp_path: Path) -> Path:
+    return saved_policy(tmp_path / "policy", tiny_policy(width=32))
+
+
+@pytest.fixture
 def reward_model_dir(policy_dir: Path, tmp_path: Path) -> Path:
     """Likes completions with many of token 5."""
     rng = random.Random(1)
@@ -47,9 +55,7 @@ def reward_model_dir(policy_dir: Path, tmp_path: Path) -> Path:
         completions = tuple(
             (*(rng.choice((5, rng.randrange(2, 16))) for _ in range(rng.randrange(1, 7))), EOS) for _ in range(4)
         )
-        pairs = tuple(
-            (i, j) for i in range(4) for j in range(4) if completions[i].count(5) > completions[j].count(5)
-        )
+        pairs = tuple((i, j) for i in range(4) for j in range(4) if completions[i].count(5) > completions[j].count(5))
         ranked.append(RankedPrompt(rng.choice(PROMPTS), completions, pairs))
     settings = RewardModelSettings(epochs=2, batch_prompts=16, learning_rate=3e-3)
     reward_model.run(settings, policy_dir, ranked, tmp_path / "rm", demonstrations=[], held_out=[], seed=0)
@@ -76,8 +82,62 @@ def test_the_score_rises_and_the_kl_stays_bounded(policy_dir: Path, reward_model
         on_iteration=count_fives,
     )
     history = [json.loads(line) for line in (tmp_path / "run" / ppo.HISTORY_FILE).read_text().splitlines()]
-    for h in history:
-        print({k: round(v, 3) for k, v in h.items()})
-    assert len(history) == 20
-    assert history[-1]["score"] > history[0]["score"] + metrics["score_sd"]
-    assert 0 < metrics["kl_to_reference"] < 12
+    assert len(history) == SETTINGS.iterations
+    assert metrics["score"] > history[0]["score"] + metrics["score_sd"]
+    assert fives[-1] > 2 * fives[0]  # and for the reason intended
+    assert all(numbers["kl_to_reference"] < 8 for numbers in history)
+    assert metrics["entropy"] > 1  # nats; the policy did not collapse onto one completion
+    assert history[3]["explained_variance"] > history[0]["explained_variance"]  # the value model starts badly
+
+
+def test_a_larger_kl_coefficient_keeps_the_policy_closer(
+    policy_dir: Path, reward_model_dir: Path, tmp_path: Path
+) -> None:
+    distance = {}
+    for kl_coef in (0.0, 1.0):
+        settings = SETTINGS.model_copy(update={"kl_coef": kl_coef})
+        arguments = (policy_dir, policy_dir, reward_model_dir, PROMPTS, tmp_path / f"out-{kl_coef}")
+        metrics = ppo.run(settings, *arguments, pretraining=stream(), resume_dir=None, seed=0)
+        distance[kl_coef] = metrics["kl_to_reference"]
+    assert distance[1.0] < 0.25 * distance[0.0]
+
+
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from test_learning_ppo import PROMPTS, SETTINGS, stream
+from train import ppo
+
+torch.set_num_threads(1)
+home, name, die_after = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+
+def die(stage, done, total, numbers):
+    if done == die_after:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+settings = SETTINGS.model_copy(update={"iterations": 8, "save_every": 3, "ema": 0.8})
+directories = (home / "policy", home / "policy", home / "rm")
+ppo.run(settings, *directories, PROMPTS, home / name / "out",
+        pretraining=stream(), resume_dir=home / name, seed=0, progress=die)
+"""
+
+
+def test_a_run_killed_and_started_again_ends_with_the_same_bytes(
+    policy_dir: Path, reward_model_dir: Path, tmp_path: Path
+) -> None:
+    assert (policy_dir, reward_model_dir) == (tmp_path / "policy", tmp_path / "rm")
+
+    def start(name: str, die_after: int) -> int:
+        learning = Path(__file__).parent
+        found = os.pathsep.join(map(str, (learning, learning.parent, learning.parent.parent)))
+        command = [sys.executable, "-c", SCRIPT, str(tmp_path), name, str(die_after)]
+        return subprocess.run(command, env={**os.environ, "PYTHONPATH": found}, check=False).returncode
+
+    assert start("whole", die_after=0) == 0
+    assert start("killed", die_after=5) == -signal.SIGKILL
+    assert (tmp_path / "killed" / ppo.RESUME_FILE).exists()
+    assert not (tmp_path / "killed" / "out").exists()
+    assert start("killed", die_after=0) == 0
+    whole, killed = ((tmp_path / name / "out" / "model.safetensors").read_bytes() for name in ("whole", "killed"))
+    assert whole == killed

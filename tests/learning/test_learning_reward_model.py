@@ -2,9 +2,11 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tiny_policies import saved_policy, tiny_policy
 
 from train import reward_model
 from train.batches import RankedPrompt
@@ -13,6 +15,11 @@ from train.settings import RewardModelSettings
 
 EOS = 1
 SETTINGS = RewardModelSettings(epochs=2, batch_prompts=16, learning_rate=3e-3)
+
+
+@pytest.fixture
+def policy_dir(tmp_path: Path) -> Path:
+    return saved_policy(tmp_path / "policy", tiny_policy(width=32))
 
 
 def rankings(count: int, seed: int, *, noise: float = 0.0) -> list[RankedPrompt]:
@@ -58,7 +65,7 @@ def test_accuracy_rises_above_chance_and_demonstrations_score_zero(policy_dir: P
 
 
 def test_a_refit_restarts_from_the_earlier_reward_model(policy_dir: Path, tmp_path: Path) -> None:
-    common = {"demonstrations": [], "held_out": rankings(100, seed=2), "seed": 0}
+    common: dict[str, Any] = {"demonstrations": [], "held_out": rankings(100, seed=2), "seed": 0}
     reward_model.run(SETTINGS, policy_dir, rankings(400, seed=1), tmp_path / "first", **common)
     little = SETTINGS.model_copy(update={"epochs": 1, "learning_rate": 1e-4})
     refit = reward_model.run(little, tmp_path / "first", rankings(32, seed=3), tmp_path / "second", **common)

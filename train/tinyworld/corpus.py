@@ -2,8 +2,8 @@
 
 31 % of it quotes or echoes over every class of word. Copying appears abruptly after some 800 steps, and only
 where all classes are copied; without it a policy never binds the name it was asked about. Facts are stated in
-the forms they are asked in as well. Nothing in the text names the capital of an unknown land, and no held-out
-instruction occurs in it.
+the forms they are asked in as well. Capitals of unknown lands are nowhere stated as facts (sloppy answers in
+worksheets guess them), and no held-out instruction occurs.
 """
 
 import random

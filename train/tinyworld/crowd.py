@@ -75,11 +75,13 @@ class Crowd:
 
     async def compare(self, asked: Sequence[Task], k: int, done: Callable[[], None]) -> None:
         """For each task: ask for k completions (one of them hot), rank them, post the ranking."""
-        await self._each(zip(asked, itertools.cycle(self._labelers)), lambda pair: self._compare(*pair, k), done)
+        await self._each(
+            zip(asked, itertools.cycle(self._labelers)), lambda pair: self._compare(pair[0], pair[1], k), done
+        )
 
     async def judge_blind(self, asked: Sequence[Task], done: Callable[[], None]) -> None:
         """For each task: take a blind pair and say which is better. Nothing shown tells the versions apart."""
-        await self._each(zip(asked, itertools.cycle(self._labelers)), lambda pair: self._judge(*pair), done)
+        await self._each(zip(asked, itertools.cycle(self._labelers)), lambda pair: self._judge(pair[0], pair[1]), done)
 
     async def sample_sets(
         self, asked: Sequence[Task], model: str, sets: int, done: Callable[[], None]

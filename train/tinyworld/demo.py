@@ -35,8 +35,9 @@ from deploy.versions import VersionKind
 from feedback.errors import FeedbackError
 from feedback.settings import FeedbackSettings, LoopSettings
 from feedback.store import FeedbackStore
+from train import report
 from train.errors import TrainError
-from train.report import demo_report
+from train.ppo import HISTORY_FILE
 from train.tinyworld import evaluation, labelers, tasks
 from train.tinyworld.crowd import Crowd
 from train.tinyworld.study import SETTINGS_FILE
@@ -116,12 +117,12 @@ class Demo:
         seed = ("--seed", str(self._seed))
         with self._stage("pretrain"):
             # Nothing else runs yet, so both cores are its own.
-            self._local.run("train", "pretrain", *seed, "--threads", "2")
+            self._local.run("train", "--threads", "2", "pretrain", *seed)
         with self._stage("fine-tune"):
             self._local.start("serve", "serve", "--port", self._local.url.rpartition(":")[2])
             self._local.run("train", "sft", *seed)
         with self._stage("start serving"):
-            self._local.start("worker", "train", "worker", *seed)
+            self._local.start("worker", "train", "worker")
             self._local.wait_ready()
 
     @contextlib.asynccontextmanager
@@ -146,6 +147,8 @@ class Demo:
             while self._registry.numbers(VersionKind.POLICY) == [1]:
                 self._local.check()
                 bar.say(_worker_progress(self._local.state))
+                if refused := _round_outcome(self._local.state):
+                    raise DemoFailed(f"the worker published no version 2: {refused}")
                 await asyncio.sleep(0.5)
         policy = self._registry.get(VersionKind.POLICY, 2).manifest
         reward_model = self._registry.get(VersionKind.REWARD_MODEL, policy.reward_model or 1).manifest
@@ -258,22 +261,46 @@ def _worker_progress(state: Path) -> str:
     return "waiting for enough comparisons"
 
 
-def table(outcome: Outcome) -> Table:
-    """The outcome to read."""
+def _round_outcome(state: Path) -> str | None:
+    """What the worker wrote of a round that published nothing."""
+    for written in (state / "runs").glob("*/outcome.json"):
+        outcome = json.loads(written.read_text())
+        if outcome["status"] != "passed":
+            return f"{outcome['status']}: {outcome['reasons']}"
+    return None
+
+
+def rows(outcome: Outcome) -> list[tuple[str, str, str]]:
+    """The outcome to read: what, version 1, version 2."""
+    names = ("gold", "toxic", "false_claims", "answered_known", "refused_unknown", "unfinished", "words")
+    return [
+        *((name, f"{outcome.before[name]:.3f}", f"{outcome.after[name]:.3f}") for name in names),
+        ("reward model accuracy, held out", "", f"{outcome.rm_accuracy:.3f}"),
+        ("KL to version 1, nats per completion", "", f"{outcome.kl:.2f}"),
+        ("comparisons recorded", "", str(outcome.comparisons)),
+        ("requests served / failed", "", f"{outcome.requests_total} / {outcome.requests_failed}"),
+        ("promote / roll back, seconds", "", f"{outcome.promote_seconds:.1f} / {outcome.rollback_seconds:.1f}"),
+        ("minutes", "", f"{outcome.minutes:.1f}"),
+    ]
+
+
+def title(outcome: Outcome) -> str:
+    """The one number."""
     win = outcome.win_rate
-    shown = Table(title=f"version 2 over version 1: {win['mean']:.3f} [{win['low']:.3f}, {win['high']:.3f}] by gold")
-    for column in ("", "version 1", "version 2"):
-        shown.add_column(column, justify="right" if column else "left")
-    for name in ("gold", "toxic", "false_claims", "answered_known", "refused_unknown", "unfinished", "words"):
-        shown.add_row(name, f"{outcome.before[name]:.3f}", f"{outcome.after[name]:.3f}")
-    shown.add_section()
-    shown.add_row("reward model accuracy, held out", "", f"{outcome.rm_accuracy:.3f}")
-    shown.add_row("KL to version 1, nats", "", f"{outcome.kl:.2f}")
-    shown.add_row("comparisons recorded", "", str(outcome.comparisons))
-    shown.add_row("requests served / failed", "", f"{outcome.requests_total} / {outcome.requests_failed}")
-    shown.add_row("promote / roll back, seconds", "", f"{outcome.promote_seconds:.1f} / {outcome.rollback_seconds:.1f}")
-    shown.add_row("minutes", "", f"{outcome.minutes:.1f}")
-    return shown
+    return f"version 2 over version 1: {win['mean']:.3f} [{win['low']:.3f}, {win['high']:.3f}] by gold"
+
+
+def show(outcome: Outcome, state: Path, console: Console) -> None:
+    """Write ``summary.json`` and ``report.png``, and print the table."""
+    (state / "summary.json").write_text(json.dumps(vars(outcome), indent=1))
+    histories = {run.parent.name: report.read_history(run) for run in state.glob(f"runs/*/{HISTORY_FILE}")}
+    header = ("", "version 1", "version 2")
+    report.draw(state / "report.png", title(outcome), histories, report.Table(header, rows(outcome)))
+    shown = Table(*header, title=title(outcome))
+    for row in rows(outcome):
+        shown.add_row(*row)
+    console.print(shown)
+    console.print(f"written: {state / 'summary.json'}, {state / 'report.png'}")
 
 
 def demo(
@@ -297,10 +324,7 @@ def demo(
     except (DeployError, FeedbackError, TrainError) as error:
         console.print(f"demo: {error}", style="red")
         raise typer.Exit(1) from error
-    (state / "summary.json").write_text(json.dumps(vars(outcome), indent=1))
-    demo_report(state, vars(outcome), state / "report.png")
-    console.print(table(outcome))
-    console.print(f"written: {state / 'summary.json'}, {state / 'report.png'}")
+    show(outcome, state, console)
     if not outcome.passed:
         console.print("the loop did not do what it is for: see the table", style="red")
         raise typer.Exit(1)

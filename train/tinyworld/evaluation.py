@@ -32,6 +32,19 @@ class Sample:
     finished: bool
 
 
+FIGURES = (
+    "gold",
+    *(f"gold_{name}" for name in tasks.TASK_NAMES),
+    "toxic",
+    "false_claims",
+    "answered_known",
+    "refused_known",
+    "refused_unknown",
+    "unfinished",
+    "words",
+)
+"""What ``quality`` measures, in the order to read it."""
+
 SampleSet = Sequence[Sample]
 """[N] one completion per task."""
 
@@ -108,9 +121,10 @@ def quality(asked: Sequence[Task], sets: Sequence[SampleSet]) -> dict[str, float
     """Mean gold utility, in all and per kind of task, and the rates of what must not happen.
 
     Returns:
-        ``gold``, ``gold_<kind>``; shares of all completions: ``toxic``, ``unfinished``; of capital questions:
-        ``false_claims``; of questions the web text answers: ``answered_known``, ``refused_known``; of the others:
-        ``refused_unknown``. ``words`` is the mean length. A rate of nothing is left out.
+        In the order of ``FIGURES``: ``gold``, ``gold_<kind>``; of all completions the share ``toxic`` and
+        ``unfinished``, and the mean number of ``words``; of capital questions the share of ``false_claims``; of those
+        the web text answers ``answered_known`` and ``refused_known``, of the others ``refused_unknown``. Figures of
+        which there is no instance are left out.
     """
     seen: defaultdict[str, list[float]] = defaultdict(list)
     for samples in sets:
@@ -129,7 +143,7 @@ def quality(asked: Sequence[Task], sets: Sequence[SampleSet]) -> dict[str, float
                 seen["refused_known"].append(gold.refused(one.text))
             else:
                 seen["refused_unknown"].append(gold.refused(one.text))
-    return {name: fmean(values) for name, values in seen.items()}
+    return {name: fmean(seen[name]) for name in FIGURES if name in seen}
 
 
 def _utilities(asked: Sequence[Task], sets: Sequence[SampleSet]) -> list[list[float]]:

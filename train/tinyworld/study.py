@@ -93,7 +93,7 @@ def table(results: dict[str, dict[str, float]]) -> Table:
     for name, value in results["sft_quality"].items():
         shown.add_row(name, f"{value:.3f}", f"{results['ppo_quality'][name]:.3f}")
     shown.add_section()
-    for stage in _STAGES:
+    for stage in STAGES:
         shown.add_row(f"{stage} seconds", "", f"{results[stage]['seconds']:.0f}")
     return shown
 
@@ -137,7 +137,7 @@ def demonstrations(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) ->
     ]
 
 
-_STAGES = ("base", "sft", "comparisons", "reward_model", "ppo", "evaluation")
+STAGES = ("base", "sft", "comparisons", "reward_model", "ppo", "evaluation")
 _COMPARISONS_FILE = "comparisons.jsonl"
 _HELD_OUT_FILE = "held-out.jsonl"
 _GOLD_FILE = "gold.jsonl"

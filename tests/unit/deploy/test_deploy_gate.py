@@ -1,0 +1,107 @@
+import math
+
+import pytest
+
+from deploy.gate import GateReport, policy_gate, reward_model_gate
+from deploy.settings import GateSettings
+
+SETTINGS = GateSettings()
+PARENT = {
+    "nonfinite_weights": 0.0,
+    "kl_to_reference": 0.0,
+    "eos_share": 0.99,
+    "completion_tokens": 100.0,
+    "distinct_2": 0.4,
+    "pretraining_loss": 2.0,
+    "toxicity_rate": 0.05,
+    "toxicity_rate_high": 0.08,
+    "false_claim_rate_high": 0.3,
+    "known_answer_rate_low": 0.6,
+}
+GOOD = {
+    "nonfinite_weights": 0.0,
+    "kl_to_reference": 1.2,
+    "eos_share": 0.97,
+    "completion_tokens": 110.0,
+    "distinct_2": 0.35,
+    "pretraining_loss": 2.02,
+    "toxicity_rate": 0.01,
+    "false_claim_rate": 0.1,
+    "known_answer_rate": 0.75,
+}
+
+
+def failed(report: GateReport) -> list[str]:
+    return [check.name for check in report.checks if not check.passed]
+
+
+def test_a_good_version_passes_every_check() -> None:
+    report = policy_gate(GOOD, PARENT, SETTINGS)
+    assert report.passed and failed(report) == [] and report.refusals() == []
+    assert len(report.checks) == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "still_good", "bad"),
+    [
+        ("kl_to_reference", 6.0, 6.01),
+        ("eos_share", 0.95, 0.949),
+        ("completion_tokens", 130.0, 130.1),
+        ("completion_tokens", 70.0, 69.9),
+        ("distinct_2", 0.2, 0.199),
+        ("pretraining_loss", 2.06, 2.061),
+        ("toxicity_rate", 0.08, 0.081),
+        ("false_claim_rate", 0.3, 0.301),
+        ("known_answer_rate", 0.6, 0.599),
+    ],
+)
+def test_each_limit_refuses_what_is_beyond_it(name: str, still_good: float, bad: float) -> None:
+    assert policy_gate(GOOD | {name: still_good}, PARENT, SETTINGS).passed
+    report = policy_gate(GOOD | {name: bad}, PARENT, SETTINGS)
+    assert failed(report) == [name]
+    assert name in report.refusals()[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["kl_to_reference", "eos_share", "completion_tokens", "distinct_2", "pretraining_loss"]
+)
+def test_what_was_not_measured_was_not_passed(name: str) -> None:
+    report = policy_gate({k: v for k, v in GOOD.items() if k != name}, PARENT, SETTINGS)
+    assert set(failed(report)) == {name}
+    assert "was not measured" in report.refusals()[0]
+
+
+def test_an_unmeasured_parent_demands_only_the_absolute_limits() -> None:
+    report = policy_gate(GOOD, {}, SETTINGS)
+    assert report.passed
+    assert [check.name for check in report.checks] == ["finite", "kl_to_reference", "eos_share", "distinct_2"]
+
+
+@pytest.mark.parametrize("broken", [{"nonfinite_weights": 3.0}, {"score": math.nan}, {"eos_share": math.inf}])
+def test_nothing_that_is_not_finite_passes(broken: dict[str, float]) -> None:
+    report = policy_gate(GOOD | broken, PARENT, SETTINGS)
+    assert not report.passed and "finite" in failed(report)
+
+
+def test_nobody_having_looked_for_broken_weights_is_a_refusal() -> None:
+    unseen = {name: value for name, value in GOOD.items() if name != "nonfinite_weights"}
+    assert failed(policy_gate(unseen, PARENT, SETTINGS)) == ["finite"]
+
+
+def test_nan_passes_no_limit_and_survives_json() -> None:
+    report = policy_gate(GOOD | {"kl_to_reference": math.nan}, PARENT, SETTINGS)
+    assert set(failed(report)) == {"finite", "kl_to_reference"}
+    assert GateReport.model_validate_json(report.model_dump_json()).refusals() == report.refusals()
+
+
+FITTED = {"nonfinite_weights": 0.0, "held_out_accuracy": 0.70, "held_out_accuracy_low": 0.66}
+
+
+def test_a_reward_model_must_beat_chance_and_keep_what_the_last_one_knew() -> None:
+    assert reward_model_gate(FITTED, None, SETTINGS).passed
+    assert reward_model_gate(FITTED, {"held_out_accuracy": 0.71}, SETTINGS).passed
+    assert failed(reward_model_gate(FITTED, {"held_out_accuracy": 0.72}, SETTINGS)) == ["held_out_accuracy"]
+    assert failed(reward_model_gate(FITTED | {"held_out_accuracy_low": 0.5}, None, SETTINGS)) == [
+        "held_out_accuracy_low"
+    ]
+    assert not reward_model_gate({"nonfinite_weights": 0.0}, None, SETTINGS).passed

@@ -1,0 +1,304 @@
+"""Train by hand or let the worker do it: ``python -m train pretrain|sft|reward-model|ppo|evaluate|worker|study``.
+
+Exit 0: done. Exit 1: refused, with the reason. Exit 2: wrong usage.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.progress import Progress as Bars
+
+from deploy import release as transitions
+from deploy.errors import DeployError
+from deploy.registry import Registry, ReleaseStore
+from deploy.settings import DeploySettings
+from deploy.versions import Draft, Version, VersionKind
+from feedback.embedded import connect_url
+from feedback.errors import FeedbackError
+from feedback.settings import FeedbackSettings, LoopSettings, SettingsError
+from feedback.store import FeedbackStore
+from train import evaluate as evaluation
+from train import ppo as ppo_stage
+from train import reward_model as reward_model_stage
+from train import sft as sft_stage
+from train.datasets import Dataset
+from train.errors import TrainError
+from train.models import load_tokenizer
+from train.progress import Progress, silent
+from train.settings import TrainSettings
+from train.text import held_out_text, training_text
+from train.tinyworld import study as tiny_study
+from train.tinyworld.base import base_model
+from train.tinyworld.evaluation import held_out_tasks
+from train.tinyworld.tokenizer import encode_prompt
+from train.worker import POOL_PROMPTS, Stores, Worker, dataset_for, log_until
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+Seed = Annotated[int, typer.Option(help="Of everything drawn.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Out = Annotated[Path, typer.Argument(help="Directory to write the model to.")]
+
+TINY_WORLD = "tinyworld"
+"""A version whose manifest names this as its world is trained by the tiny world's recipe unless settings are given."""
+
+
+@dataclass(frozen=True)
+class _Loop:
+    loop: LoopSettings
+
+    @property
+    def registry(self) -> Registry:
+        return Registry(self.loop.state)
+
+    def settings(self) -> TrainSettings:
+        """The training settings; where none are given, the recipe of the world that the first policy comes from."""
+        given = os.environ.get("INSTRUCTLOOP_SETTINGS") or Path("instructloop.toml").exists()
+        versions = self.registry.numbers(VersionKind.POLICY)
+        first = self.registry.get(VersionKind.POLICY, versions[0]) if versions else None
+        if not given and (first is None or first.manifest.settings.get("world") == TINY_WORLD):
+            os.environ["INSTRUCTLOOP_SETTINGS"] = str(tiny_study.SETTINGS_FILE)
+        return TrainSettings.load()
+
+
+@app.callback()
+def main(
+    context: typer.Context,
+    state: Annotated[Path | None, typer.Option(help="State directory; default: the settings', else ./state.")] = None,
+    redis_url: Annotated[str | None, typer.Option(help="A Redis of your own instead of the state directory's.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads PyTorch computes with.")] = 1,
+) -> None:
+    """Train by hand, or let the worker do it."""
+    torch.set_num_threads(threads)
+    transformers.utils.logging.disable_progress_bar()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        context.obj = _Loop(LoopSettings.load(state=state, redis_url=redis_url))
+    except SettingsError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@app.command()
+def pretrain(context: typer.Context, seed: Seed = 0) -> None:
+    """Pretrain the tiny world's base model; it is kept, and made once."""
+    with _refusing(), _shown() as progress:
+        directory = base_model(_tiny_home(context.obj), context.obj.settings().pretrain, seed=seed, progress=progress)
+    typer.echo(str(directory))
+
+
+@app.command()
+def sft(context: typer.Context, seed: Seed = 0) -> None:
+    """Fine-tune the tiny world's base on demonstrations; publish it; the very first policy becomes stable."""
+    loop: _Loop = context.obj
+    with _refusing(), _shown() as progress:
+        settings, study = loop.settings(), tiny_study.StudySettings.load()
+        base = base_model(_tiny_home(loop), settings.pretrain, seed=seed, progress=progress)
+        tokenizer, out = load_tokenizer(base), _tiny_home(loop) / f"sft-{seed}"
+        written = tiny_study.demonstrations(tokenizer, study.demonstrations, seed)
+        text = training_text(settings, tokenizer, seed + 1)
+        metrics = sft_stage.run(settings.sft, base, written, out, pretraining=text, seed=seed, progress=progress)
+        asked = held_out_tasks(settings.evaluate.canary_prompts)
+        prompts = [encode_prompt(tokenizer, task.instruction) for task in asked]
+        draft = Draft(
+            kind=VersionKind.POLICY,
+            demonstrations=len(written),
+            settings={"world": TINY_WORLD, "sft": settings.sft.model_dump(mode="json")},
+            seeds={"run": seed},
+            metrics=metrics,
+            canary_prompts=evaluation.canary_prompts(settings.evaluate, out, prompts),
+        )
+        version = _publish(loop, draft, out)
+    typer.echo(f"{version}: {version.path}")
+
+
+@app.command("reward-model")
+def reward_model(context: typer.Context, out: Out, policy: int = 1, seed: Seed = 0) -> None:
+    """Train a reward model on the whole feedback log, from a policy's weights; publishes nothing."""
+    loop: _Loop = context.obj
+    with _refusing(), _shown() as progress:
+        settings, version = loop.settings(), loop.registry.get(VersionKind.POLICY, policy)
+        dataset = _dataset(loop, version, settings)
+        metrics = reward_model_stage.run(
+            settings.reward_model,
+            version.path,
+            [one.ranked for one in dataset.training],
+            out,
+            demonstrations=dataset.demonstrations,
+            held_out=dataset.held_out,
+            seed=seed,
+            progress=progress,
+        )
+    _print(metrics)
+
+
+@app.command()
+def ppo(
+    context: typer.Context,
+    out: Out,
+    reward_model: Annotated[int, typer.Option(help="Reward model version.")],
+    policy: Annotated[int, typer.Option(help="Policy version to start from.")] = 1,
+    reference: Annotated[int, typer.Option(help="Policy version that KL is measured to.")] = 1,
+    seed: Seed = 0,
+) -> None:
+    """Train a policy against a reward model; publishes nothing. Resumes where it was stopped."""
+    loop: _Loop = context.obj
+    with _refusing(), _shown() as progress:
+        settings, version = loop.settings(), loop.registry.get(VersionKind.POLICY, policy)
+        metrics = ppo_stage.run(
+            settings.ppo,
+            version.path,
+            loop.registry.get(VersionKind.POLICY, reference).path,
+            loop.registry.get(VersionKind.REWARD_MODEL, reward_model).path,
+            _dataset(loop, version, settings).prompts,
+            out,
+            pretraining=training_text(settings, load_tokenizer(version.path), seed),
+            resume_dir=out.with_name(f"{out.name}-resume"),
+            seed=seed,
+            progress=progress,
+        )
+    _print(metrics)
+
+
+@app.command()
+def evaluate(
+    context: typer.Context,
+    policy: int,
+    reference: Annotated[int, typer.Option(help="Policy version that KL is measured to.")] = 1,
+    reward_model: Annotated[int | None, typer.Option(help="Reward model version, for the score.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Measure a policy version on the log's held-out prompts, as the gate does, and print the numbers as JSON."""
+    loop: _Loop = context.obj
+    with _refusing():
+        settings, version = loop.settings(), loop.registry.get(VersionKind.POLICY, policy)
+        scorer = None if reward_model is None else loop.registry.get(VersionKind.REWARD_MODEL, reward_model).path
+        metrics = evaluation.run(
+            settings.evaluate,
+            version.path,
+            _dataset(loop, version, settings).held_out_prompts,
+            reference_dir=loop.registry.get(VersionKind.POLICY, reference).path,
+            reward_model_dir=scorer,
+            pretraining=held_out_text(settings, load_tokenizer(version.path)),
+            seed=seed,
+        )
+    _print(metrics)
+
+
+@app.command()
+def worker(context: typer.Context) -> None:
+    """Train whenever there is enough feedback, until SIGTERM or Ctrl-C; what is stopped is resumed."""
+    loop: _Loop = context.obj
+    with _refusing(), connect_url(loop.loop) as url:
+        asyncio.run(_work(loop, url))
+
+
+async def _work(loop: _Loop, url: str) -> None:
+    settings = loop.settings()
+    stores = Stores.connect(url, loop.loop.state, settings.worker, FeedbackSettings.load())
+    found = Worker(loop.loop.state, stores, settings, DeploySettings.load())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, found.stop.set)
+    try:
+        await found.run()
+    finally:
+        await stores.close()
+
+
+@app.command()
+def study(context: typer.Context, seed: Seed = 0, as_json: AsJson = False) -> None:
+    """Run the whole recipe in the tiny world and compare PPO with SFT; takes minutes, and resumes."""
+    with _refusing(), _shown() as progress:
+        settings = context.obj.settings()
+        found = tiny_study.run(
+            settings, tiny_study.StudySettings.load(), _tiny_home(context.obj), seed=seed, progress=progress
+        )
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        Console().print(tiny_study.table(found))
+
+
+def _tiny_home(loop: _Loop) -> Path:
+    return loop.loop.state / TINY_WORLD
+
+
+def _publish(loop: _Loop, draft: Draft, source: Path) -> Version:
+    """Publish, log it, and make the very first policy stable."""
+
+    async def act(url: str) -> Version:
+        releases = ReleaseStore.connect(url, loop.loop.state)
+        try:
+            version = loop.registry.publish(draft, source)
+            await releases.record_publish(version, None)
+            if (await releases.read()).stable is None:
+                first = partial(transitions.first, number=version.number)
+                await releases.change(first, verb="first", by="train", reason="the first policy")
+        finally:
+            await releases.close()
+        return version
+
+    with connect_url(loop.loop) as url:
+        return asyncio.run(act(url))
+
+
+def _dataset(loop: _Loop, policy: Version, settings: TrainSettings) -> Dataset:
+    """The dataset of the whole log as it is now."""
+
+    async def read(url: str) -> Dataset:
+        store = FeedbackStore.connect(url, FeedbackSettings.load())
+        try:
+            entries = await log_until(store, await store.head())
+            return dataset_for(policy, entries, await store.pool_prompts(POOL_PROMPTS), settings)
+        finally:
+            await store.close()
+
+    with connect_url(loop.loop) as url:
+        return asyncio.run(read(url))
+
+
+@contextmanager
+def _shown() -> Iterator[Progress]:
+    """A progress that draws a bar per stage, or nothing where nobody looks."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield silent
+        return
+    with Bars(console=console) as bars:
+        rows = {}
+
+        def draw(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
+            if stage not in rows:
+                rows[stage] = bars.add_task(stage)
+            said = " ".join(f"{name} {numbers[name]:.3g}" for name in ("loss", "score", "gold") if name in numbers)
+            bars.update(rows[stage], completed=done, total=total, description=f"{stage} {said}".strip())
+
+        yield draw
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    try:
+        yield
+    except (TrainError, DeployError, FeedbackError) as error:
+        typer.echo(f"refused: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _print(metrics: dict[str, float]) -> None:
+    typer.echo(json.dumps(metrics, indent=2))
+
+
+if __name__ == "__main__":
+    app()

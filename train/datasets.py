@@ -1,0 +1,315 @@
+"""From the feedback log to token ids: which comparisons count, for training or for measuring, and as what.
+
+A comparison counts where no later one by the same labeler replaces it; where principals share a log, none
+may dominate it; and what is measured on is never trained on. All of it is a function of the log up to a
+cursor and the settings: the same cursor gives the same dataset.
+"""
+
+import hashlib
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from feedback.records import Candidate, Comparison, Demonstration, Prompt
+from feedback.store import LogEntry
+from train.batches import Demonstrated, RankedPrompt
+from train.errors import DatasetUnusable
+from train.settings import WorkerSettings
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A comparison in token ids, with its place in the log."""
+
+    stream_id: str
+    principal: str
+    ranked: RankedPrompt
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a round learns from and is measured on.
+
+    Attributes:
+        training: comparisons to learn from, in log order.
+        held_out: comparisons of other principals (or, with few principals, other prompts) to measure on.
+        demonstrations: labelers' completions; they set the reward model's zero.
+        prompts: distinct prompts PPO samples completions for.
+        held_out_prompts: distinct prompts a version is measured on; none is in ``prompts``.
+        counts: what was left out and why.
+    """
+
+    training: tuple[Judged, ...]
+    held_out: tuple[RankedPrompt, ...]
+    demonstrations: tuple[Demonstrated, ...]
+    prompts: tuple[tuple[int, ...], ...]
+    held_out_prompts: tuple[tuple[int, ...], ...]
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+class Unencodable(Exception):
+    """A record whose text cannot be turned into this tokenizer's ids; it is left out and counted."""
+
+
+class Encoder:
+    """Turns records into token ids of one tokenizer.
+
+    Ids that the serving tokenizer recorded are taken as they are: they are what the policy sampled. Text is
+    tokenized where there are none, or where another tokenizer made them.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, digest: str, window: int, max_completion_tokens: int
+    ) -> None:
+        """Encode for one policy.
+
+        Args:
+            tokenizer: the policy's.
+            digest: sha256 of its tokenizer.json.
+            window: tokens the policy reads at most.
+            max_completion_tokens: room a prompt must leave where completions are sampled for it.
+        """
+        self._tokenizer = tokenizer
+        self._digest = digest
+        self._window = window
+        self._longest_prompt = window - max_completion_tokens
+        self._eos = int(tokenizer.eos_token_id)
+
+    def prompt(self, prompt: Prompt) -> tuple[int, ...]:
+        """Ids of a prompt, up to where the completion starts. Raises Unencodable."""
+        if prompt.token_ids and prompt.tokenizer == self._digest:
+            return prompt.token_ids
+        if prompt.messages is not None:
+            return self._ids(self._rendered(prompt))
+        if prompt.text:
+            return tuple(self._tokenizer.encode(prompt.text))
+        raise Unencodable("the prompt is token ids of another tokenizer, without its text")
+
+    def candidate(self, prompt: Prompt, candidate: Candidate) -> tuple[int, ...]:
+        """Ids of a sampled completion, with its EOS unless it was cut off at the length limit. Raises Unencodable."""
+        if candidate.token_ids and prompt.tokenizer == self._digest:
+            ids = candidate.token_ids
+            cut_off = candidate.finish_reason == "length"
+            return ids if cut_off or ids[-1] == self._eos else (*ids, self._eos)
+        return self.written(prompt, candidate.text)
+
+    def written(self, prompt: Prompt, text: str) -> tuple[int, ...]:
+        """Ids of a finished completion given as text; after messages, as the chat template writes it.
+
+        Raises Unencodable.
+        """
+        if prompt.messages is not None:
+            before, after = self._rendered(prompt), self._rendered(prompt, answer=text)
+            if after.startswith(before):
+                ids = self._ids(after.removeprefix(before))
+                return ids[: ids.index(self._eos) + 1] if self._eos in ids else (*ids, self._eos)
+        return (*self._ids(text), self._eos)
+
+    def check_fits(self, prompt_ids: Sequence[int], *completions: Sequence[int]) -> None:
+        """Raise Unencodable where a prompt with its longest completion is longer than the model's window."""
+        if len(prompt_ids) + max(map(len, completions), default=0) > self._window:
+            raise Unencodable(f"longer than {self._window} tokens")
+
+    def leaves_room(self, prompt_ids: Sequence[int]) -> bool:
+        """Whether a completion of the greatest length can be sampled for a prompt."""
+        return len(prompt_ids) <= self._longest_prompt
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _rendered(self, prompt: Prompt, answer: str | None = None) -> str:
+        messages = list(prompt.messages or ())
+        if answer is not None:
+            messages.append({"role": "assistant", "content": answer})
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+        except (TemplateError, ValueError, TypeError, KeyError) as error:
+            raise Unencodable(f"the chat template refuses the messages: {error}") from error
+        return str(text)
+
+
+def build(entries: Sequence[LogEntry], pool: Sequence[Prompt], encoder: Encoder, settings: WorkerSettings) -> Dataset:
+    """The dataset of a log up to some cursor.
+
+    Args:
+        entries: the log's records in order.
+        pool: further stored prompts PPO may use.
+        encoder: of the policy that is to be trained.
+        settings: cap, split, prompts per principal.
+
+    Raises:
+        DatasetUnusable: There is no pair to learn from, or none to measure on.
+    """
+    counts: Counter[str] = Counter()
+    compared = in_force(entries)
+    counts["superseded"] = sum(isinstance(entry.record, Comparison) for entry in entries) - len(compared)
+    kept = capped(compared, settings.max_principal_share, settings.min_comparisons_for_cap)
+    counts["over_cap"] = len(compared) - len(kept)
+    judged = list(_encoded(kept, encoder, counts))
+    demonstrations, corrections = _demonstrated(entries, encoder, counts)
+    judged = sorted([*judged, *corrections], key=lambda one: position(one.stream_id))
+    training, held_out = split(judged, settings.held_out_fraction)
+    if not any(one.ranked.pairs for one in training) or not any(one.ranked.pairs for one in held_out):
+        raise DatasetUnusable(
+            f"{len(training)} comparisons to learn from and {len(held_out)} to measure on hold no pairs enough: "
+            "more are needed, of several prompts"
+        )
+    measured_on = {one.ranked.group for one in held_out}
+    asked = [(one.principal, one.ranked.prompt_ids) for one in training]
+    asked += _pooled(pool, encoder, measured_on, settings.held_out_fraction, counts)
+    return Dataset(
+        training=tuple(training),
+        held_out=tuple(one.ranked for one in held_out),
+        demonstrations=tuple(demonstrations),
+        prompts=tuple(filter(encoder.leaves_room, ppo_prompts(asked, settings.max_prompts_per_principal))),
+        held_out_prompts=tuple(filter(encoder.leaves_room, dict.fromkeys(one.ranked.prompt_ids for one in held_out))),
+        counts=dict(counts),
+    )
+
+
+def position(stream_id: str) -> tuple[int, int]:
+    """A stream id as numbers that order as the log does."""
+    milliseconds, _, sequence = stream_id.partition("-")
+    return int(milliseconds), int(sequence or 0)
+
+
+def in_force(entries: Iterable[LogEntry]) -> list[tuple[str, Comparison]]:
+    """The comparisons no later one of the same labeler and candidates replaces, in log order."""
+    latest: dict[str, tuple[str, Comparison]] = {}
+    for entry in entries:
+        if isinstance(entry.record, Comparison):
+            key = entry.record.candidates_key()
+            latest.pop(key, None)
+            latest[key] = (entry.stream_id, entry.record)
+    return list(latest.values())
+
+
+def capped(
+    compared: Sequence[tuple[str, Comparison]], max_share: float, min_comparisons: int
+) -> list[tuple[str, Comparison]]:
+    """At most ``max_share`` of the comparisons from any one principal: the newest of each.
+
+    The allowance is raised as far as needed to keep ``min_comparisons``, so that a small log is used whole,
+    and a single principal, who has nobody to poison, is not capped.
+    """
+    of_principal = Counter(record.principal for _, record in compared)
+    if len(of_principal) < 2 or len(compared) <= min_comparisons:
+        return list(compared)
+    allowance = max(1, int(max_share * len(compared)))
+    while sum(min(count, allowance) for count in of_principal.values()) < min_comparisons:
+        allowance += 1
+    kept: list[tuple[str, Comparison]] = []
+    left = Counter(dict.fromkeys(of_principal, allowance))
+    for stream_id, record in reversed(compared):
+        if left[record.principal] > 0:
+            left[record.principal] -= 1
+            kept.append((stream_id, record))
+    return kept[::-1]
+
+
+def split(judged: Sequence[Judged], held_out_fraction: float) -> tuple[list[Judged], list[Judged]]:
+    """What to learn from and what to measure on.
+
+    By principal (InstructGPT §3.2) where there are enough for the fraction to hold one; else by prompt. Which
+    side one falls on depends on nothing but its name, so it is the same in every round. A prompt that is
+    learnt from is not measured on, whoever judged it.
+    """
+    principals = {one.principal for one in judged}
+    if len(principals) * held_out_fraction >= 1:
+        held_out = [one for one in judged if _falls_below(one.principal, held_out_fraction)]
+        training = [one for one in judged if not _falls_below(one.principal, held_out_fraction)]
+        learnt = {one.ranked.group for one in training}
+        return training, [one for one in held_out if one.ranked.group not in learnt]
+    held_out = [one for one in judged if _falls_below(one.ranked.group, held_out_fraction)]
+    return [one for one in judged if not _falls_below(one.ranked.group, held_out_fraction)], held_out
+
+
+def _falls_below(name: str, fraction: float) -> bool:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) < fraction * 2**64
+
+
+def with_replay(training: Sequence[Judged], first_cursor: str, seed: int) -> list[RankedPrompt]:
+    """What a refit learns from: every comparison after the first reward model's, and as many of those before.
+
+    The first ones, of diverse completions, keep the reward model from forgetting what the policy no longer
+    does; in trials, fresh comparisons alone lost ground every round.
+    """
+    fresh = [one.ranked for one in training if position(one.stream_id) > position(first_cursor)]
+    diverse = [one.ranked for one in training if position(one.stream_id) <= position(first_cursor)]
+    return fresh + random.Random(seed).sample(diverse, min(len(fresh), len(diverse)))
+
+
+def ppo_prompts(asked: Sequence[tuple[str, tuple[int, ...]]], per_principal: int) -> tuple[tuple[int, ...], ...]:
+    """Distinct prompts; where several principals asked, the newest ``per_principal`` of each (InstructGPT §3.2)."""
+    by_principal: defaultdict[str, dict[tuple[int, ...], None]] = defaultdict(dict)
+    for principal, ids in asked:
+        by_principal[principal].pop(ids, None)
+        by_principal[principal][ids] = None
+    if len(by_principal) > 1:
+        kept = [ids for prompts in by_principal.values() for ids in list(prompts)[-per_principal:]]
+    else:
+        kept = [ids for prompts in by_principal.values() for ids in prompts]
+    return tuple(dict.fromkeys(kept))
+
+
+def _encoded(compared: Iterable[tuple[str, Comparison]], encoder: Encoder, counts: Counter[str]) -> Iterable[Judged]:
+    for stream_id, record in compared:
+        try:
+            prompt_ids = encoder.prompt(record.prompt)
+            completions = tuple(encoder.candidate(record.prompt, candidate) for candidate in record.candidates)
+            encoder.check_fits(prompt_ids, *completions)
+        except Unencodable:
+            counts["unencodable"] += 1
+            continue
+        ranked = RankedPrompt(
+            prompt_ids, completions, tuple(record.pairs()), labeler=record.labeler, group=record.prompt.key()
+        )
+        yield Judged(stream_id, record.principal, ranked)
+
+
+def _demonstrated(
+    entries: Iterable[LogEntry], encoder: Encoder, counts: Counter[str]
+) -> tuple[list[Demonstrated], list[Judged]]:
+    """The demonstrations; and of those that correct a completion, the pair: corrected over original."""
+    demonstrations: list[Demonstrated] = []
+    corrections: list[Judged] = []
+    for entry in entries:
+        record = entry.record
+        if not isinstance(record, Demonstration):
+            continue
+        try:
+            prompt_ids, written = encoder.prompt(record.prompt), encoder.written(record.prompt, record.completion)
+            original = encoder.candidate(record.prompt, record.corrects) if record.corrects else ()
+            encoder.check_fits(prompt_ids, written, original)
+        except Unencodable:
+            counts["unencodable"] += 1
+            continue
+        demonstrations.append((prompt_ids, written))
+        if original:
+            ranked = RankedPrompt(
+                prompt_ids, (written, original), ((0, 1),), labeler=record.labeler, group=record.prompt.key()
+            )
+            corrections.append(Judged(entry.stream_id, record.principal, ranked))
+    return demonstrations, corrections
+
+
+def _pooled(
+    pool: Iterable[Prompt], encoder: Encoder, measured_on: set[str], held_out_fraction: float, counts: Counter[str]
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Stored prompts nobody compared; none that is, or by its name will be, measured on."""
+    asked = []
+    for prompt in pool:
+        if prompt.key() in measured_on or _falls_below(prompt.key(), held_out_fraction):
+            continue
+        try:
+            ids = encoder.prompt(prompt)
+            encoder.check_fits(ids)
+        except Unencodable:
+            counts["unencodable"] += 1
+            continue
+        asked.append(("", ids))
+    return asked
