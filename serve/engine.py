@@ -10,7 +10,6 @@ import json
 import math
 import types
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,29 +32,8 @@ from deploy.versions import CanaryPrompt, Version
 from feedback.records import new_id
 from serve.error_response import invalid_request
 from serve.errors import EngineFailed
+from serve.recording import Sampled, SampledChoice
 from serve.settings import ServeSettings
-
-
-@dataclass
-class SampledChoice:
-    """One completion as the engine sampled it."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str | None = None
-
-
-@dataclass
-class Sampled:
-    """One finished engine request: a prompt and its ``n`` completions."""
-
-    request_id: str
-    prompt_token_ids: list[int]
-    choices: list[SampledChoice]
-    temperature: float
-    top_p: float
 
 
 class _RecordingLLM(AsyncLLM):

@@ -13,9 +13,10 @@ from deploy.errors import DeployError, ReleaseUnavailable
 from deploy.registry import Registry, ReleaseStore
 from deploy.release import Release, ReplicaReport
 from deploy.versions import Version, VersionKind
-from serve.engine import Engine, Sampled
+from serve.engine import Engine
 from serve.errors import EngineFailed, ModelNotFound, NotServing
 from serve.metrics import Metrics
+from serve.recording import Sampled
 from serve.settings import ServeSettings
 from serve.traffic import pick_version
 

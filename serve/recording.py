@@ -13,13 +13,34 @@ from typing import Literal
 from feedback.errors import StoreUnavailable
 from feedback.records import Choice, Prompt, StoredCompletion
 from feedback.store import FeedbackStore
-from serve.engine import Sampled
 from serve.metrics import Metrics
 from serve.settings import ServeSettings
 
 log = logging.getLogger(__name__)
 
 _BATCH = 256
+
+
+@dataclass
+class SampledChoice:
+    """One completion as the engine sampled it."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str | None = None
+
+
+@dataclass
+class Sampled:
+    """One finished engine request: a prompt and its ``n`` completions."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    choices: list[SampledChoice]
+    temperature: float
+    top_p: float
 
 
 @dataclass

@@ -4,16 +4,16 @@ import asyncio
 import random
 import secrets
 import time
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import APIRouter
-from pydantic import Field, JsonValue
+from pydantic import JsonValue
 
-from feedback.records import MAX_CANDIDATES, BlindTask, Candidate, Prompt, new_id
+from feedback.records import BlindTask, Candidate, Prompt, new_id
 from serve.auth import PrincipalDep
-from serve.comparisons import Labeler, _PromptBody
 from serve.engine import Engine
 from serve.errors import InvalidRequest, NotFound, NotServing
+from serve.feedback_bodies import TaskBody
 from serve.forwarding import completion_id
 from serve.recording import Asked
 from serve.services import Services, ServicesDep
@@ -21,13 +21,6 @@ from serve.services import Services, ServicesDep
 router = APIRouter(prefix="/v1/feedback")
 
 _SHUFFLE = random.SystemRandom()
-
-
-class TaskBody(_PromptBody):
-    """What to show a labeler: k candidates for a prompt, or for one the server picks."""
-
-    k: Annotated[int, Field(ge=2, le=MAX_CANDIDATES)] = 2
-    labeler: Labeler | None = None
 
 
 @router.post("/tasks", status_code=201)

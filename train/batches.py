@@ -5,6 +5,7 @@ Prompts are padded on the left and completions on the right, so that every compl
 column, and positions count real tokens only; models then give the same numbers with and without padding.
 """
 
+import hashlib
 import random
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -176,6 +177,12 @@ class TokenStream:
     def tokens(self) -> int:
         """Tokens in one pass."""
         return len(self._tokens)
+
+    def digest(self) -> str:
+        """Equal for streams that yield the same: sha256 of the documents, the row length and the seed."""
+        digest = hashlib.sha256(repr((self.sequence_length, self._seed, self._ends)).encode())
+        digest.update(self._tokens.numpy().tobytes())
+        return digest.hexdigest()
 
     def take(self, rows: int) -> Tensor:
         """The next ``rows`` rows, [rows, T] token ids."""

@@ -103,8 +103,8 @@ def run(
     _check(settings, prompts, pretraining)
     learner = Learner.load(settings, policy_dir, reference_dir, reward_model_dir)
     check_room(learner.policy, prompts, settings.max_completion_tokens)
-    directories = (policy_dir, reference_dir, reward_model_dir)
-    fingerprint = resume.fingerprint_of(repr((settings, seed, tuple(map(tuple, prompts)))), directories)
+    given = (settings, seed, tuple(map(tuple, prompts)), pretraining.digest() if pretraining else None)
+    fingerprint = resume.fingerprint_of(repr(given), (policy_dir, reference_dir, reward_model_dir))
     saved = resume.load(resume_dir / RESUME_FILE, fingerprint) if resume_dir else None
     if saved is not None:
         learner.restore(saved, pretraining)
@@ -172,7 +172,7 @@ def run(
             resume.save(resume_dir / RESUME_FILE, fingerprint, learner.state(pretraining))
             _write_history(resume_dir / HISTORY_FILE, learner.history)
 
-    result = learner.averaged or learner.policy
+    result = learner.policy if learner.averaged is None else learner.averaged
     save_policy(result, learner.tokenizer, out)
     return {
         **learner.history[-1],

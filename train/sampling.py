@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from train.batches import Batch, collate
-from train.errors import DatasetUnusable
+from train.errors import DatasetUnusable, ModelUnusable
 
 SEQUENCES_PER_FORWARD = 512
 """Most prompts that are continued side by side; bounds the memory of the key-value cache."""
@@ -52,6 +52,7 @@ def sample_episodes(
 
     Raises:
         DatasetUnusable: where a prompt is empty, or leaves the policy no room for ``max_completion_tokens``.
+        ModelUnusable: where the policy computes nan.
     """
 
     def choose(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,7 +150,10 @@ def _continue(
             use_cache=True,
             logits_to_keep=1,
         )
-        chosen, all_logprobs = choose(output.logits[:, -1])
+        logits = output.logits[:, -1]
+        if logits.isnan().any():
+            raise ModelUnusable("the policy's logits are not numbers: its weights are damaged, or it diverged")
+        chosen, all_logprobs = choose(logits)
         tokens[live, step] = chosen
         logprobs[live, step] = all_logprobs.gather(1, chosen.unsqueeze(1)).squeeze(1)
         ended = chosen == eos_id

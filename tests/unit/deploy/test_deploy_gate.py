@@ -38,7 +38,7 @@ def failed(report: GateReport) -> list[str]:
 def test_a_good_version_passes_every_check() -> None:
     report = policy_gate(GOOD, PARENT, SETTINGS)
     assert report.passed and failed(report) == [] and report.refusals() == []
-    assert len(report.checks) == 9
+    assert len(report.checks) == 10
 
 
 @pytest.mark.parametrize(

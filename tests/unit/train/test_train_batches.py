@@ -120,6 +120,15 @@ def test_a_stream_continues_from_a_position(rows: int) -> None:
     assert stream.take(30).equal(following)
 
 
+def test_a_digest_is_equal_where_the_stream_is() -> None:
+    digest = TokenStream(documents(), sequence_length=4, seed=7).digest()
+    stream = TokenStream(documents(), sequence_length=4, seed=7)
+    stream.take(5)
+    assert stream.digest() == digest
+    others = [(documents(), 5, 7), (documents(), 4, 8), (documents()[:-1], 4, 7), ([[1], *documents()], 4, 7)]
+    assert all(TokenStream(texts, length, seed).digest() != digest for texts, length, seed in others)
+
+
 def test_a_stream_of_nothing_is_refused() -> None:
     with pytest.raises(DatasetUnusable, match="empty"):
         TokenStream([[], []], sequence_length=4, seed=0)

@@ -8,7 +8,7 @@ import torch
 from tiny_policies import EOS, FAMILIES, PAD, WINDOW, tiny_policy
 
 from train import sampling
-from train.errors import DatasetUnusable
+from train.errors import DatasetUnusable, ModelUnusable
 from train.losses import token_logprobs
 from train.models import completion_logits
 from train.sampling import Episodes, greedy, sample_episodes
@@ -111,3 +111,11 @@ def test_a_prompt_that_leaves_no_room_is_refused() -> None:
             max_completion_tokens=5,
             generator=torch.Generator(),
         )
+
+
+def test_a_policy_that_computes_nan_is_refused() -> None:
+    policy = tiny_policy()
+    with torch.no_grad():
+        policy.get_input_embeddings().weight[3] = torch.nan
+    with pytest.raises(ModelUnusable, match="not numbers"):
+        sample(policy)

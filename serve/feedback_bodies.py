@@ -1,0 +1,106 @@
+"""What a client may post as feedback: the forms that comparisons, demonstrations and blind tasks come in."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+from feedback.records import MAX_CANDIDATES, Prompt, ranking_problem
+from serve.errors import InvalidRequest
+
+Labeler = Annotated[str, Field(min_length=1, max_length=128)]
+Text = Annotated[str, Field(max_length=100_000)]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
+
+
+class FeedbackBody(BaseModel):
+    """Unknown fields are errors: a misspelt one must not be dropped in silence."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class CandidateRef(FeedbackBody):
+    """One choice of a completion this server served."""
+
+    completion_id: str = Field(max_length=128)
+    index: int = Field(0, ge=0)
+
+
+class PromptBody(FeedbackBody):
+    """A prompt as text or as chat messages."""
+
+    prompt: Text | None = None
+    messages: Annotated[list[dict[str, JsonValue]], Field(min_length=1, max_length=256)] | None = None
+
+    def asked(self) -> Prompt | None:
+        """The prompt of the body, if it has one."""
+        if self.messages is not None:
+            return Prompt(messages=tuple(self.messages))
+        return Prompt(text=self.prompt) if self.prompt is not None else None
+
+
+class ComparisonBody(PromptBody):
+    """A ranking of K candidates; which K is said in exactly one of four ways."""
+
+    completion_id: str | None = Field(None, max_length=128)
+    candidates: Annotated[list[CandidateRef], Field(min_length=2, max_length=MAX_CANDIDATES)] | None = None
+    task_id: str | None = Field(None, max_length=128)
+    completions: Annotated[list[Text], Field(min_length=2, max_length=MAX_CANDIDATES)] | None = None
+    ranking: Annotated[list[list[int]], Field(max_length=MAX_CANDIDATES)] | None = None
+    preferred: int | Literal["tie", "both_bad"] | None = None
+    labeler: Labeler | None = None
+    comment: Annotated[str, Field(max_length=4000)] | None = None
+    duration_ms: int | None = Field(None, ge=0)
+    metadata: Metadata = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        ways = [self.completion_id, self.candidates, self.task_id, self.completions]
+        if sum(way is not None for way in ways) != 1:
+            raise ValueError("name the candidates by exactly one of completion_id, candidates, task_id, completions")
+        if (self.prompt is None) == (self.messages is None) and self.completions is not None:
+            raise ValueError("outside data needs exactly one of prompt and messages")
+        if self.completions is None and (self.prompt is not None or self.messages is not None):
+            raise ValueError("prompt and messages go with completions only")
+        if (self.ranking is None) == (self.preferred is None):
+            raise ValueError("give exactly one of ranking and preferred")
+        return self
+
+    def ranked(self, count: int) -> tuple[tuple[int, ...], ...]:
+        """The ranking of ``count`` candidates. Raises InvalidRequest with what is wrong with it."""
+        if self.ranking is not None:
+            ranking = tuple(tuple(group) for group in self.ranking)
+            if problem := ranking_problem(ranking, count):
+                raise InvalidRequest(problem, "ranking")
+            return ranking
+        if count != 2:
+            raise InvalidRequest(f"preferred judges two candidates, and there are {count}; give a ranking", "preferred")
+        if self.preferred in ("tie", "both_bad"):
+            return ((0, 1),)
+        if self.preferred not in (0, 1):
+            raise InvalidRequest('preferred must be 0, 1, "tie" or "both_bad"', "preferred")
+        return ((self.preferred,), (1 - self.preferred,))
+
+
+class DemonstrationBody(PromptBody):
+    """A completion written by a labeler: for a prompt, or as a correction of a sampled choice."""
+
+    completion: Annotated[str, Field(min_length=1, max_length=100_000)]
+    completion_id: str | None = Field(None, max_length=128)
+    index: int = Field(0, ge=0)
+    labeler: Labeler | None = None
+    metadata: Metadata = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> Self:
+        if sum(way is not None for way in (self.prompt, self.messages, self.completion_id)) != 1:
+            raise ValueError("give exactly one of prompt, messages and completion_id")
+        return self
+
+
+class TaskBody(PromptBody):
+    """What to show a labeler: k candidates for a prompt, or for one the server picks."""
+
+    k: Annotated[int, Field(ge=2, le=MAX_CANDIDATES)] = 2
+    labeler: Labeler | None = None

@@ -1,0 +1,251 @@
+from collections import Counter
+from itertools import count
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from feedback.records import Candidate, Comparison, Demonstration, Prompt
+from feedback.store import LogEntry
+from train.batches import RankedPrompt
+from train.datasets import (
+    Encoder,
+    Judged,
+    Unencodable,
+    build,
+    capped,
+    in_force,
+    position,
+    ppo_prompts,
+    split,
+    with_replay,
+)
+from train.errors import DatasetUnusable
+from train.settings import WorkerSettings
+
+EOS = 1
+SETTINGS = WorkerSettings(held_out_fraction=0.25)
+_numbers = count(1)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """One token a byte, and a chat template that ends an answer with EOS and a newline, as ChatML does."""
+    vocabulary = {"<pad>": 0, "<eos>": EOS}
+    vocabulary |= {char: 2 + place for place, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    bytewise = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    template = (
+        "{% for message in messages %}"
+        "{% if message.role == 'assistant' %}{{ '> ' + message.content + eos_token + '\n' }}"
+        "{% elif message.role == 'user' %}{{ '# ' + message.content + '\n' }}"
+        "{% else %}{{ raise_exception('no ' + message.role) }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '>' }}{% endif %}"
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bytewise, pad_token="<pad>", eos_token="<eos>", chat_template=template
+    )
+
+
+TOKENIZER = byte_tokenizer()
+ENCODER = Encoder(TOKENIZER, "same", window=40, max_completion_tokens=10)
+
+
+def ids(text: str) -> tuple[int, ...]:
+    return tuple(TOKENIZER.encode(text))
+
+
+def comparison(text: str = "hi", *answers: str, principal: str = "ann", labeler: str = "L-1") -> Comparison:
+    answers = answers or ("good", "bad")
+    return Comparison(
+        id=f"cmp_{next(_numbers)}",
+        created=0.0,
+        principal=principal,
+        labeler=labeler,
+        prompt=Prompt(text=text),
+        source="outside",
+        candidates=tuple(Candidate(text=answer) for answer in answers),
+        ranking=tuple((place,) for place in range(len(answers))),
+    )
+
+
+def log(*records: Comparison | Demonstration) -> list[LogEntry]:
+    return [LogEntry(f"{1000 + place}-0", record) for place, record in enumerate(records)]
+
+
+def judged(stream_id: str, group: str = "g", principal: str = "ann") -> Judged:
+    return Judged(stream_id, principal, RankedPrompt((2,), ((3,), (4,)), ((0, 1),), group=group))
+
+
+# --- encoding
+
+
+def test_what_the_serving_tokenizer_recorded_is_taken_as_it_is() -> None:
+    prompt = Prompt(text="other text", token_ids=(7, 8), tokenizer="same")
+    assert ENCODER.prompt(prompt) == (7, 8)
+    ended = Candidate(text="x", token_ids=(9, EOS), finish_reason="stop")
+    open_ended = Candidate(text="x", token_ids=(9,), finish_reason="stop")
+    cut_off = Candidate(text="x", token_ids=(9,), finish_reason="length")
+    assert ENCODER.candidate(prompt, ended) == (9, EOS)
+    assert ENCODER.candidate(prompt, open_ended) == (9, EOS), "engines may leave the EOS out"
+    assert ENCODER.candidate(prompt, cut_off) == (9,), "no EOS is made up for a completion that never ended"
+
+
+def test_another_tokenizer_s_ids_are_not_used() -> None:
+    prompt = Prompt(text="hi", token_ids=(7, 8), tokenizer="another")
+    assert ENCODER.prompt(prompt) == ids("hi")
+    assert ENCODER.candidate(prompt, Candidate(text="yo", token_ids=(9,))) == (*ids("yo"), EOS)
+    with pytest.raises(Unencodable):
+        ENCODER.prompt(Prompt(token_ids=(7, 8), tokenizer="another"))
+
+
+def test_chats_go_through_the_chat_template() -> None:
+    prompt = Prompt(messages=({"role": "user", "content": "hi"},))
+    assert ENCODER.prompt(prompt) == ids("# hi\n>")
+    written = ENCODER.written(prompt, "yo")
+    assert written == (*ids(" yo"), EOS), "what the template writes after the prompt, up to its EOS"
+    with pytest.raises(Unencodable, match="no pirate"):
+        ENCODER.prompt(Prompt(messages=({"role": "pirate", "content": "hi"},)))
+
+
+# --- which comparisons count
+
+
+def test_the_latest_comparison_of_a_labeler_and_candidates_is_in_force() -> None:
+    first, other = comparison("hi"), comparison("hi", labeler="L-2")
+    again = first.model_copy(update={"id": "cmp_again", "ranking": ((1,), (0,))})
+    assert [record.id for _, record in in_force(log(first, other, again))] == [other.id, "cmp_again"]
+
+
+def entries(**counts: int) -> list[tuple[str, Comparison]]:
+    """Comparisons of several principals, in turns."""
+    turns = [(place, principal) for principal, amount in counts.items() for place in range(amount)]
+    return [
+        (f"{place}-{number}", comparison(f"{place}", principal=principal))
+        for number, (place, principal) in enumerate(sorted(turns))
+    ]
+
+
+def test_a_small_log_and_a_single_principal_are_not_capped() -> None:
+    assert len(capped(entries(ann=90, bob=10), 0.005, 100)) == 100
+    assert len(capped(entries(ann=200), 0.005, 100)) == 200
+
+
+def test_beyond_the_minimum_nobody_dominates() -> None:
+    crowd = {f"p{i}": 1 for i in range(150)}
+    kept = Counter(record.principal for _, record in capped(entries(flood=850, **crowd), 0.005, 100))
+    assert kept["flood"] == 5, "0.5 % of 1 000"
+    assert sum(kept.values()) == 155
+
+
+def test_the_cap_never_takes_the_log_below_the_minimum() -> None:
+    kept = Counter(record.principal for _, record in capped(entries(ann=300, bob=30), 0.005, 100))
+    assert kept == {"ann": 70, "bob": 30}
+
+
+def test_the_newest_of_a_capped_principal_are_kept_in_order() -> None:
+    kept = capped(entries(ann=300, bob=30), 0.005, 100)
+    texts = [int(record.prompt.text or "") for _, record in kept if record.principal == "ann"]
+    assert texts == list(range(230, 300))
+
+
+# --- split
+
+
+def test_few_principals_are_split_by_prompt() -> None:
+    everything = [judged(f"{i}-0", group=f"g{i % 100}", principal=f"p{i % 2}") for i in range(400)]
+    training, held_out = split(everything, 0.25)
+    assert len(training) + len(held_out) == 400
+    assert {one.ranked.group for one in training}.isdisjoint(one.ranked.group for one in held_out)
+    assert 10 <= len({one.ranked.group for one in held_out}) <= 40
+    assert split(everything[::-1], 0.25)[1] == held_out[::-1], "a side depends on the prompt alone"
+
+
+def test_many_principals_are_split_by_principal_and_shared_prompts_are_not_measured_on() -> None:
+    everything = [judged(f"{i}-0", group=f"own {i}", principal=f"p{i % 50}") for i in range(500)]
+    everything += [judged(f"{500 + i}-0", group="shared", principal=f"p{i}") for i in range(50)]
+    training, held_out = split(everything, 0.25)
+    assert {one.principal for one in training}.isdisjoint(one.principal for one in held_out)
+    assert "shared" in {one.ranked.group for one in training}
+    assert "shared" not in {one.ranked.group for one in held_out}
+    assert 5 <= len({one.principal for one in held_out}) <= 22
+
+
+# --- refit
+
+
+def test_a_refit_sees_everything_fresh_and_as_much_of_the_first_again() -> None:
+    old = [judged(f"{i}-0", group=f"old {i}") for i in range(100)]
+    fresh = [judged(f"{1000 + i}-0", group=f"new {i}") for i in range(30)]
+    seen = [ranked.group for ranked in with_replay([*old, *fresh], "99-0", seed=1)]
+    assert seen[:30] == [f"new {i}" for i in range(30)]
+    assert len(seen) == len(set(seen)) == 60
+    assert seen == [ranked.group for ranked in with_replay([*old, *fresh], "99-0", seed=1)]
+    assert seen != [ranked.group for ranked in with_replay([*old, *fresh], "99-0", seed=2)]
+    assert len(with_replay([*old[:5], *fresh], "99-0", seed=1)) == 35, "not more than there are"
+
+
+def test_stream_ids_order_as_numbers() -> None:
+    assert sorted(["10-2", "9-11", "10-10", "9-2"], key=position) == ["9-2", "9-11", "10-2", "10-10"]
+
+
+# --- prompts
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.tuples(st.integers(0, 9))), max_size=60), st.integers(1, 5))
+def test_ppo_prompts_are_distinct_and_bounded_where_principals_share(
+    asked: list[tuple[str, tuple[int, ...]]], most: int
+) -> None:
+    prompts = ppo_prompts(asked, most)
+    assert len(prompts) == len(set(prompts))
+    principals = {principal for principal, _ in asked}
+    if len(principals) < 2:
+        assert set(prompts) == {ids for _, ids in asked}
+    else:
+        assert len(prompts) <= most * len(principals)
+        assert asked[-1][1] in prompts, "the newest is never the one left out"
+
+
+# --- the whole
+
+
+def test_a_dataset_of_a_mixed_log() -> None:
+    compared = [comparison(f"q{i}", "good", "meh", "bad") for i in range(40)]
+    tied = comparison("tie").model_copy(update={"ranking": ((0, 1),)})
+    too_long = comparison("x" * 60)
+    shown = Demonstration(
+        id="dem_1", created=0.0, principal="ann", labeler="L-1", prompt=Prompt(text="show"), completion="so"
+    )
+    original = Candidate(text="wrong")
+    correcting = shown.model_copy(update={"id": "dem_2", "prompt": Prompt(text="fix"), "corrects": original})
+    pool = [Prompt(text=f"pool {i}") for i in range(20)] + [Prompt(text="y" * 35), Prompt(text="q1")]
+    dataset = build(log(*compared, compared[0], tied, too_long, shown, correcting), pool, ENCODER, SETTINGS)
+
+    assert dataset.counts["superseded"] == 1
+    assert dataset.counts["unencodable"] == 1
+    assert set(dataset.demonstrations) == {(ids("show"), (*ids("so"), EOS)), (ids("fix"), (*ids("so"), EOS))}
+    everything = [*(one.ranked for one in dataset.training), *dataset.held_out]
+    by_prompt = {ranked.prompt_ids: ranked for ranked in everything}
+    assert len(everything) == 42
+    assert by_prompt[ids("q7")].pairs == ((0, 1), (0, 2), (1, 2))
+    assert by_prompt[ids("q7")].completions[2] == (*ids("bad"), EOS)
+    assert by_prompt[ids("tie")].pairs == ()
+    assert by_prompt[ids("fix")].completions == ((*ids("so"), EOS), (*ids("wrong"), EOS))
+    assert by_prompt[ids("fix")].pairs == ((0, 1),)
+
+    assert set(dataset.prompts).isdisjoint(dataset.held_out_prompts)
+    assert {ranked.prompt_ids for ranked in dataset.held_out} == set(dataset.held_out_prompts)
+    assert any(prompt in dataset.prompts for prompt in map(ids, (f"pool {i}" for i in range(20))))
+    assert ids("y" * 35) not in dataset.prompts, "it fits the window, but leaves no room to complete it"
+    assert [position(one.stream_id) for one in dataset.training] == sorted(
+        position(one.stream_id) for one in dataset.training
+    )
+
+
+def test_a_log_without_pairs_is_refused_with_what_to_do() -> None:
+    with pytest.raises(DatasetUnusable, match="more are needed"):
+        build([], [], ENCODER, SETTINGS)
+    with pytest.raises(DatasetUnusable, match="of several prompts"):
+        build(log(comparison("only one prompt")), [], ENCODER, SETTINGS)
