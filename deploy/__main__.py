@@ -42,6 +42,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would happen; change nothing.")]
 Expect = Annotated[int | None, typer.Option(help="Refuse unless the release is at this generation.")]
 Override = Annotated[str | None, typer.Option(help="Go ahead without the gate's or verdict's consent; say why.")]
+Port = Annotated[int, typer.Option(help="Port of the server on loopback.")]
 Reason = Annotated[str, typer.Option(help="Why; kept in the log.")]
 
 
@@ -130,9 +131,7 @@ def diff(context: typer.Context, a: int, b: int, reward_model: OfRewardModel = F
 
 
 @app.command()
-def up(
-    context: typer.Context, port: Annotated[int, typer.Option(help="Port of the server on loopback.")] = 8000
-) -> None:
+def up(context: typer.Context, port: Port = 8000) -> None:
     """Run Redis, a server and a training worker on this machine until Ctrl-C."""
     with _refusing():
         run_loop(context.obj.loop, port, typer.echo)
@@ -294,9 +293,8 @@ def import_directory(
         version: Version = context.obj.registry.publish(Draft(kind=_kind(reward_model)), directory)
         await stores.releases.record_publish(version, None)
         if not reward_model and release.stable is None:
-            why = reason or "the first import"
-            become_stable = partial(transitions.first, number=version.number)
-            await stores.releases.change(become_stable, verb="first", by=_operator(), reason=why)
+            first = partial(transitions.first, number=version.number)
+            await stores.releases.change(first, verb="first", by=_operator(), reason=reason or "the first import")
         return version
 
     version = _with_stores(context.obj, act)
@@ -320,9 +318,8 @@ def _with_stores(loop: _Loop, act: Callable[[_Stores], Awaitable[Result]]) -> Re
     """Run ``act`` against this loop's Redis; a refusal ends the command with exit 1."""
 
     async def connected(url: str) -> Result:
-        stores = _Stores(
-            ReleaseStore.connect(url, loop.loop.state), FeedbackStore.connect(url, FeedbackSettings.load())
-        )
+        feedback = FeedbackStore.connect(url, FeedbackSettings.load())
+        stores = _Stores(ReleaseStore.connect(url, loop.loop.state), feedback)
         try:
             return await act(stores)
         finally:
@@ -379,9 +376,8 @@ def _sentence(release: Release) -> str:
 
 def _print_release(release: Release, dry_run: bool, as_json: bool) -> None:
     if as_json:
-        _print_json(release.model_dump() | {"dry_run": dry_run})
-    else:
-        typer.echo(f"would be {_sentence(release)}" if dry_run else _sentence(release))
+        return _print_json(release.model_dump() | {"dry_run": dry_run})
+    typer.echo(f"would be {_sentence(release)}" if dry_run else _sentence(release))
 
 
 def _print_json(value: Any) -> None:

@@ -129,7 +129,7 @@ def up(loop: LoopSettings, port: int, print_line: Callable[[str], None]) -> None
         print_line(f"starting; logs are in {loop.state / 'logs'}")
         local.wait_ready()
         print_line(f"completions  {local.url}/v1   (OpenAI base_url; any api_key while no keys exist)")
-        print_line(f"interface    {local.url}/docs")
+        print_line(f"interface    {local.url}/openapi.json")
         print_line(f"metrics      {local.url}/metrics")
         print_line("operate with python -m deploy status|canary|promote|rollback; Ctrl-C stops everything")
         while True:

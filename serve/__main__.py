@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 import uvicorn
+from pythonjsonlogger.json import JsonFormatter
 
 from deploy.errors import DeployError
 from deploy.registry import Registry, ReleaseStore
@@ -48,7 +49,7 @@ def serve(
 
 
 def _run(settings: ServeSettings, state: Path, redis_url: str) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _log_as_json()
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # the in-process calls of blind tasks
     _prepare_engine_environment(settings)
     # Imported here: vLLM reads its environment on import, and takes ten seconds for it.
@@ -63,6 +64,19 @@ def _run(settings: ServeSettings, state: Path, redis_url: str) -> None:
         access_log=False,
         timeout_graceful_shutdown=int(settings.drain_seconds),
     )
+
+
+def _log_as_json() -> None:
+    """One JSON object a line on stderr: time, level, logger, message, and whatever the call names; never content."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        JsonFormatter(
+            "{asctime}{levelname}{name}{message}",
+            style="{",
+            rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
+        )
+    )
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
 def _prepare_engine_environment(settings: ServeSettings) -> None:

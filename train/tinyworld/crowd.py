@@ -16,7 +16,7 @@ import httpx2
 from openai import AsyncOpenAI
 from openai.types.chat import ChatCompletion
 
-from train.tinyworld import tasks
+from train.tinyworld import tasks, writers
 from train.tinyworld.evaluation import Sample
 from train.tinyworld.labelers import Labeler
 from train.tinyworld.tasks import Task
@@ -79,6 +79,18 @@ class Crowd:
             zip(asked, itertools.cycle(self._labelers)), lambda pair: self._compare(pair[0], pair[1], k), done
         )
 
+    async def demonstrate(self, asked: Sequence[Task], seed: int, done: Callable[[], None]) -> None:
+        """For each task: write a completion and post it."""
+        rng = random.Random(f"writers {seed}")
+        written = [(task, writers.demonstrate(task, rng)) for task in asked]
+
+        async def post(pair: tuple[Task, str]) -> None:
+            task, completion = pair
+            messages = [{"role": "user", "content": task.instruction}]
+            await self._post("/v1/feedback/demonstrations", {"messages": messages, "completion": completion})
+
+        await self._each(written, post, done)
+
     async def judge_blind(self, asked: Sequence[Task], done: Callable[[], None]) -> None:
         """For each task: take a blind pair and say which is better. Nothing shown tells the versions apart."""
         await self._each(zip(asked, itertools.cycle(self._labelers)), lambda pair: self._judge(pair[0], pair[1]), done)
@@ -96,13 +108,15 @@ class Crowd:
         await self._each(enumerate(asked), ask, done)
         return [[_sample(answers[number], place) for number in range(len(asked))] for place in range(sets)]
 
-    async def answering_version(self) -> int:
-        """The policy version that answers a plain request now."""
+    async def answered_by(self, version: int) -> None:
+        """Ask again and again until ``version`` is the stable one and has answered."""
         task = tasks.draw(random.Random(0), test=False)
-        answer = await self._openai.chat.completions.with_raw_response.create(
-            model="policy", messages=[{"role": "user", "content": task.instruction}], max_completion_tokens=1
-        )
-        return int(answer.headers["x-policy-version"])
+        while True:
+            models = {model.id: model.model_dump() async for model in self._openai.models.list()}
+            answer = await self._ask(task, "policy", n=1)
+            if models["policy"]["policy_version"] == version and answer.model == f"policy-v{version}":
+                return
+            await asyncio.sleep(0.02)
 
     async def visit(self, seed: int, pause_seconds: float) -> None:
         """Ask the released policy one thing after another until cancelled, every other one streamed."""
@@ -132,6 +146,7 @@ class Crowd:
             self._ask(task, "policy", n=k - 1), self._ask(task, "policy", n=1, temperature=HOT_TEMPERATURE)
         )
         shown = [(answer, choice.index) for answer in (plain, hot) for choice in answer.choices]
+        random.Random(plain.id).shuffle(shown)  # labelers have a position bias, and it must not fall on the hot one
         samples = [_sample(answer, index) for answer, index in shown]
         ranking = labeler.rank(task.instruction, [s.text for s in samples], [s.finished for s in samples])
         await self._post(

@@ -43,8 +43,10 @@ from train.tinyworld.crowd import Crowd
 from train.tinyworld.study import SETTINGS_FILE
 
 COMPARISONS = 3000
-"""Rankings of K completions that version 2 learns from; a fifth fewer still learns (see the README's table)."""
+"""Rankings of K completions that version 2 learns from."""
 K = 6
+DEMONSTRATIONS = 300
+"""Completions people write; they set the zero of the reward model's scale."""
 BLIND_BATCH = 50
 """Blind pairs between two looks at the verdict, which is valid however often one looks."""
 TEST_PROMPTS = 1000
@@ -138,6 +140,8 @@ class Demo:
     async def _compare(self) -> None:
         asked = [tasks.draw(self._rng, test=False) for _ in range(COMPARISONS)]
         with self._stage("compare"), self._bar("people rank completions", COMPARISONS) as bar:
+            # Before the comparisons, because the worker starts as soon as there are enough of those.
+            await self._crowd.demonstrate(asked[:DEMONSTRATIONS], self._seed, lambda: None)
             await self._crowd.compare(asked, K, bar.advance)
         self.outcome.comparisons = COMPARISONS
 
@@ -209,8 +213,7 @@ class Demo:
     async def _until_served(self, version: int, *command: str) -> float:
         began = time.monotonic()
         await asyncio.to_thread(self._operate, *command)
-        while await self._crowd.answering_version() != version:
-            await asyncio.sleep(0.02)
+        await self._crowd.answered_by(version)
         return time.monotonic() - began
 
     async def _converged(self) -> None:

@@ -32,7 +32,7 @@ from train.progress import Progress, silent
 from train.sampling import Episodes, sample_episodes
 from train.settings import TrainSettings
 from train.tinyworld import evaluation, labelers, tasks, writers
-from train.tinyworld.base import HELD_OUT_TEXT, METRICS_FILE, base_model, web_text
+from train.tinyworld.base_model import HELD_OUT_TEXT, METRICS_FILE, base_model, web_text
 from train.tinyworld.evaluation import Sample
 from train.tinyworld.gold import utility
 from train.tinyworld.labelers import Labeler, Ranking

@@ -1,12 +1,9 @@
 """How what was asked and what was sampled become one record, on a store that can be away."""
 
-import asyncio
-from collections.abc import Sequence
-
 import pytest
 
 from feedback.errors import StoreUnavailable
-from feedback.records import Prompt, StoredCompletion
+from feedback.records import Prompt
 from feedback.settings import FeedbackSettings
 from feedback.store import FeedbackStore
 from serve.metrics import Metrics
@@ -91,22 +88,3 @@ async def test_while_redis_is_away_the_oldest_are_shed_and_counted() -> None:
     assert b"instructloop_unrecorded_total 2.0" in metrics.page()
     assert b"instructloop_recorded_total 0.0" in metrics.page()
     assert await recorder.find("cmpl-4") is not None
-
-
-async def test_run_writes_what_gathers_to_redis(redis_url: str) -> None:
-    store = FeedbackStore.connect(redis_url, FeedbackSettings())
-    recorder = Recorder(store, ServeSettings(), Metrics())
-    running = asyncio.create_task(recorder.run())
-    ids: Sequence[str] = [f"cmpl-{number}" for number in range(20)]
-    for completion_id in ids:
-        recorder.expect(asked(completion_id, "hello"))
-        recorder.sampled(sampled(f"{completion_id}-0", "x"))
-    found: list[StoredCompletion | None] = []
-    for _ in range(100):
-        found = [await store.completion(completion_id) for completion_id in ids]
-        if all(found):
-            break
-        await asyncio.sleep(0.02)
-    assert all(found)
-    running.cancel()
-    await store.close()

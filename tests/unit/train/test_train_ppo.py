@@ -16,6 +16,7 @@ from train import ppo
 from train.batches import TokenStream, collate
 from train.errors import DatasetUnusable, ModelUnusable, ResumePointUnusable, TrainingDiverged
 from train.learner import Learner
+from train.losses import policy_loss
 from train.models import load_policy, load_reward_model, save_reward_model, scalar_model_from
 from train.sampling import Episodes, sample_episodes
 from train.settings import PpoSettings
@@ -52,7 +53,12 @@ def run(tmp_path: Path) -> Callable[..., Ran]:
     save_reward_model(model, tokenizer(), tmp_path / "rm")
 
     def run_ppo(
-        name: str = "run", *, policy: Path = policy_dir, reference: Path = reference_dir, **changes: Any
+        name: str = "run",
+        *,
+        policy: Path = policy_dir,
+        reference: Path = reference_dir,
+        prompts: list[tuple[int, ...]] = PROMPTS,
+        **changes: Any,
     ) -> Ran:
         seen: list[Episodes] = []
 
@@ -65,7 +71,7 @@ def run(tmp_path: Path) -> Callable[..., Ran]:
             policy,
             reference,
             tmp_path / "rm",
-            PROMPTS,
+            prompts,
             tmp_path / name / "out",
             pretraining=stream(),
             resume_dir=tmp_path / name,
@@ -227,6 +233,28 @@ def test_every_pass_asks_every_prompt_once_in_a_new_order(run: Callable[..., Ran
     passes = [asked[start : start + 6] for start in range(0, 24, 6)]
     assert all(sorted(one) == sorted(PROMPTS) for one in passes)
     assert len({tuple(one) for one in passes}) > 1
+
+
+def test_every_iteration_samples_anew(run: Callable[..., Ran]) -> None:
+    _, _, (first, second) = run(prompts=[(2, 3)], value_only_iterations=1)  # the same policy and prompts twice
+    assert first.prompts == second.prompts
+    assert first.completions != second.completions
+
+
+def test_the_minibatches_of_an_iteration_hold_every_episode_once(
+    run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learnt: list[float] = []
+
+    def recorded(new: Any, old: torch.Tensor, advantages: Any, mask: torch.Tensor, clip: float) -> Any:
+        learnt.extend(old[mask].tolist())
+        return policy_loss(new, old, advantages, mask, clip)
+
+    monkeypatch.setattr("train.ppo.policy_loss", recorded)
+    _, _, (episodes,) = run(iterations=1, minibatches=4)
+    sampled = episodes.logprobs[episodes.batch.completion_mask].tolist()
+    assert sorted(learnt) == sorted(sampled)
+    assert learnt != sampled
 
 
 def test_the_averaged_policy_is_saved(run: Callable[..., Ran], tmp_path: Path) -> None:

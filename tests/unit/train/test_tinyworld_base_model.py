@@ -5,7 +5,8 @@ import pytest
 
 from train.models import load_policy, load_tokenizer
 from train.settings import PretrainSettings
-from train.tinyworld import base, corpus, tokenizer
+from train.tinyworld import base_model as base
+from train.tinyworld import corpus, tokenizer
 
 VOCABULARY = tokenizer.build()
 SETTINGS = PretrainSettings(steps=2, batch_size=2, sequence_length=32)
