@@ -117,6 +117,13 @@ class Candidate(_Frozen):
     finish_reason: str | None = None
 
 
+class PooledPrompt(_Frozen):
+    """A prompt somebody asked, that may be shown to labelers and sampled from in training."""
+
+    principal: str
+    prompt: Prompt
+
+
 class BlindTask(_Frozen):
     """Candidates from every live version in a recorded random order, waiting for a labeler's ranking."""
 

@@ -28,7 +28,7 @@ from feedback.records import (
     BlindTask,
     Comparison,
     Demonstration,
-    Prompt,
+    PooledPrompt,
     StoredCompletion,
     content_digest,
     decode,
@@ -40,8 +40,9 @@ from feedback.settings import FeedbackSettings, SettingsError
 
 DURABLE = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
 """The live configuration without which an acknowledged record may be lost."""
-QUEUE_SHARE = 0.4
-"""Part of the socket timeout that an append may wait for its batch: both together stay within 1.5 s by default."""
+QUEUE_SHARE = 0.9
+"""Part of the socket timeout that an append may wait for its batch: what queues up while one fsync stalls (0.5 s were
+seen on a busy disk) is not refused. Where the batch fails, all behind it fail at once, so callers wait for one timeout."""
 
 _APPEND = Path(__file__).with_name("append.lua").read_text()
 _APPEND_SHA1 = hashlib.sha1(_APPEND.encode()).hexdigest()
@@ -210,9 +211,9 @@ class FeedbackStore:
             packed: _Reply = await self._redis.get(keys.completion(completion_id))
         return None if packed is None else unpack(StoredCompletion, packed)
 
-    async def pool_prompts(self, count: int) -> list[Prompt]:
-        """At most ``count`` different prompts of kept completions, newest first."""
-        found: dict[str, Prompt] = {}
+    async def pool_prompts(self, count: int) -> list[PooledPrompt]:
+        """At most ``count`` different prompts of kept completions, newest first, with who asked them last."""
+        found: dict[str, PooledPrompt] = {}
         start = 0
         while len(found) < count:
             async with self._answering():
@@ -223,14 +224,15 @@ class FeedbackStore:
             gone = []
             for completion_id, kept in zip(ids, packed, strict=True):
                 try:
-                    prompts = unpack(StoredCompletion, kept).prompts if kept is not None else ()
+                    completion = unpack(StoredCompletion, kept) if kept is not None else None
                 except CorruptRecord as error:
                     _log.error("%s leaves the prompt pool: %s", completion_id.decode(), error)
-                    prompts = ()
-                if not prompts:
+                    completion = None
+                if completion is None:
                     gone.append(completion_id)
-                for prompt in prompts:
-                    found.setdefault(prompt.key(), prompt)
+                    continue
+                for prompt in completion.prompts:
+                    found.setdefault(prompt.key(), PooledPrompt(principal=completion.principal, prompt=prompt))
             if gone:
                 async with self._answering():
                     await self._redis.zrem(keys.POOL, *gone)

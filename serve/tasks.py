@@ -57,7 +57,8 @@ async def create_task(body: TaskBody, services: ServicesDep, principal: Principa
 
 
 async def _pool_prompt(services: Services) -> Prompt:
-    pool = [prompt for prompt in await services.store.pool_prompts(100) if prompt.text is not None or prompt.messages]
+    pooled = [one.prompt for one in await services.store.pool_prompts(100)]
+    pool = [prompt for prompt in pooled if prompt.text is not None or prompt.messages]
     if not pool:
         raise NotFound("no prompt has been recorded yet to show to labelers; give one")
     return _SHUFFLE.choice(pool)

@@ -6,6 +6,7 @@ cursor and the settings: the same cursor gives the same dataset.
 """
 
 import hashlib
+import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from feedback.records import Candidate, Comparison, Demonstration, Prompt
+from feedback.records import Candidate, Comparison, Demonstration, PooledPrompt, Prompt
 from feedback.store import LogEntry
 from train.batches import Demonstrated, RankedPrompt
 from train.errors import DatasetUnusable
@@ -38,7 +39,7 @@ class Dataset:
         training: comparisons to learn from, in log order.
         held_out: comparisons of other principals (or, with few principals, other prompts) to measure on.
         demonstrations: labelers' completions; they set the reward model's zero.
-        prompts: distinct prompts PPO samples completions for.
+        prompts: prompts PPO samples completions for, distinct unless the settings keep repeated ones.
         held_out_prompts: distinct prompts a version is measured on; none is in ``prompts``.
         counts: what was left out and why.
     """
@@ -132,7 +133,9 @@ class Encoder:
         return str(text)
 
 
-def build(entries: Sequence[LogEntry], pool: Sequence[Prompt], encoder: Encoder, settings: WorkerSettings) -> Dataset:
+def build(
+    entries: Sequence[LogEntry], pool: Sequence[PooledPrompt], encoder: Encoder, settings: WorkerSettings
+) -> Dataset:
     """The dataset of a log up to some cursor.
 
     Args:
@@ -160,12 +163,14 @@ def build(entries: Sequence[LogEntry], pool: Sequence[Prompt], encoder: Encoder,
         )
     measured_on = {one.ranked.group for one in held_out}
     asked = [(one.principal, one.ranked.prompt_ids) for one in training]
-    asked += _pooled(pool, encoder, measured_on, settings.held_out_fraction, counts)
+    known = measured_on | {one.ranked.group for one in training}
+    asked += _pooled(pool, encoder, known, settings.held_out_fraction, counts)
+    prompts = ppo_prompts(asked, settings.max_prompts_per_principal, distinct=settings.distinct_prompts)
     return Dataset(
         training=tuple(training),
         held_out=tuple(one.ranked for one in held_out),
         demonstrations=tuple(demonstrations),
-        prompts=tuple(filter(encoder.leaves_room, ppo_prompts(asked, settings.max_prompts_per_principal))),
+        prompts=tuple(filter(encoder.leaves_room, prompts)),
         held_out_prompts=tuple(filter(encoder.leaves_room, dict.fromkeys(one.ranked.prompt_ids for one in held_out))),
         counts=dict(counts),
     )
@@ -191,24 +196,24 @@ def in_force(entries: Iterable[LogEntry]) -> list[tuple[str, Comparison]]:
 def capped(
     compared: Sequence[tuple[str, Comparison]], max_share: float, min_comparisons: int
 ) -> list[tuple[str, Comparison]]:
-    """At most ``max_share`` of the comparisons from any one principal: the newest of each.
+    """At most ``max_share`` of the comparisons from any one principal, or an equal share where they are few.
 
-    The allowance is raised as far as needed to keep ``min_comparisons``, so that a small log is used whole,
-    and a single principal, who has nobody to poison, is not capped.
+    The allowance is raised as far as needed to keep ``min_comparisons``, so that a small log is used whole. What
+    is kept of a capped principal is chosen by the records' own random ids: of all times, and the same every round.
     """
     of_principal = Counter(record.principal for _, record in compared)
-    if len(of_principal) < 2 or len(compared) <= min_comparisons:
+    if len(compared) <= min_comparisons:
         return list(compared)
-    allowance = max(1, int(max_share * len(compared)))
+    allowance = max(1, int(max_share * len(compared)), math.ceil(len(compared) / len(of_principal)))
     while sum(min(count, allowance) for count in of_principal.values()) < min_comparisons:
         allowance += 1
-    kept: list[tuple[str, Comparison]] = []
     left = Counter(dict.fromkeys(of_principal, allowance))
-    for stream_id, record in reversed(compared):
+    kept: set[str] = set()
+    for _, record in sorted(compared, key=lambda one: hashlib.sha256(one[1].id.encode()).digest()):
         if left[record.principal] > 0:
             left[record.principal] -= 1
-            kept.append((stream_id, record))
-    return kept[::-1]
+            kept.add(record.id)
+    return [(stream_id, record) for stream_id, record in compared if record.id in kept]
 
 
 def split(judged: Sequence[Judged], held_out_fraction: float) -> tuple[list[Judged], list[Judged]]:
@@ -243,17 +248,24 @@ def with_replay(training: Sequence[Judged], first_cursor: str, seed: int) -> lis
     return fresh + random.Random(seed).sample(diverse, min(len(fresh), len(diverse)))
 
 
-def ppo_prompts(asked: Sequence[tuple[str, tuple[int, ...]]], per_principal: int) -> tuple[tuple[int, ...], ...]:
-    """Distinct prompts; where several principals asked, the newest ``per_principal`` of each (InstructGPT §3.2)."""
-    by_principal: defaultdict[str, dict[tuple[int, ...], None]] = defaultdict(dict)
+def ppo_prompts(
+    asked: Sequence[tuple[str, tuple[int, ...]]], per_principal: int, *, distinct: bool
+) -> tuple[tuple[int, ...], ...]:
+    """Distinct prompts; where several principals asked, the newest ``per_principal`` of each (InstructGPT §3.2).
+
+    Where they need not be ``distinct``, a prompt that was asked twice counts twice: the mix is that of the asking.
+    """
+    by_principal: defaultdict[str, list[tuple[int, ...]]] = defaultdict(list)
     for principal, ids in asked:
-        by_principal[principal].pop(ids, None)
-        by_principal[principal][ids] = None
+        by_principal[principal].append(ids)
+    if distinct:
+        # The last time something was asked is its place.
+        by_principal.update({who: list(dict.fromkeys(ids[::-1]))[::-1] for who, ids in by_principal.items()})
     if len(by_principal) > 1:
-        kept = [ids for prompts in by_principal.values() for ids in list(prompts)[-per_principal:]]
+        kept = [ids for prompts in by_principal.values() for ids in prompts[-per_principal:]]
     else:
         kept = [ids for prompts in by_principal.values() for ids in prompts]
-    return tuple(dict.fromkeys(kept))
+    return tuple(dict.fromkeys(kept) if distinct else kept)
 
 
 def _encoded(compared: Iterable[tuple[str, Comparison]], encoder: Encoder, counts: Counter[str]) -> Iterable[Judged]:
@@ -298,18 +310,19 @@ def _demonstrated(
 
 
 def _pooled(
-    pool: Iterable[Prompt], encoder: Encoder, measured_on: set[str], held_out_fraction: float, counts: Counter[str]
+    pool: Iterable[PooledPrompt], encoder: Encoder, known: set[str], held_out_fraction: float, counts: Counter[str]
 ) -> list[tuple[str, tuple[int, ...]]]:
-    """Stored prompts nobody compared; none that is, or by its name will be, measured on."""
+    """Stored prompts beside the ``known`` ones; none that by its name will be measured on."""
     asked = []
-    for prompt in pool:
-        if prompt.key() in measured_on or _falls_below(prompt.key(), held_out_fraction):
+    for pooled in pool:
+        key = pooled.prompt.key()
+        if key in known or _falls_below(key, held_out_fraction):
             continue
         try:
-            ids = encoder.prompt(prompt)
+            ids = encoder.prompt(pooled.prompt)
             encoder.check_fits(ids)
         except Unencodable:
             counts["unencodable"] += 1
             continue
-        asked.append(("", ids))
+        asked.append((pooled.principal, ids))
     return asked

@@ -94,13 +94,29 @@ class RunDirectory:
         replace_atomically(self.path / _POOL, json.dumps(pool).encode())
         replace_atomically(self.path / _PLAN, plan.model_dump_json(indent=2).encode())
 
-    def conclude(self, outcome: Outcome) -> None:
-        """Write how it ended, and drop weights and resume point; figures and history stay."""
+    def claim(self, token: int) -> Path:
+        """The working directory, ``work-<token>``, of the lease's holder: its predecessor's under a new name.
+
+        A predecessor that was only paused finds its directory gone when it wakes; what it still writes harms nobody.
+        """
+        mine = self.path / f"work-{token}"
+        found = sorted(self.path.glob("work-*"), key=lambda path: int(path.name.removeprefix("work-")))
+        if found:
+            found.pop().rename(mine)
+        mine.mkdir(exist_ok=True)
+        for leftover in mine.glob(".*"):
+            leftover.unlink()  # half written, and perhaps still open in the predecessor
+        for stale in found:
+            shutil.rmtree(stale)
+        return mine
+
+    def conclude(self, outcome: Outcome, work: Path) -> None:
+        """Keep the figures and the history, write how it ended, and drop weights and resume point."""
+        for figures in work.glob("*.json*"):
+            shutil.copy(figures, self.path)
         stamped = outcome.model_copy(update={"finished": time.time()})
         replace_atomically(self.path / _OUTCOME, stamped.model_dump_json(indent=2).encode())
-        for kind in VersionKind:
-            shutil.rmtree(self.path / kind, ignore_errors=True)
-        (self.path / ppo.RESUME_FILE).unlink(missing_ok=True)
+        shutil.rmtree(work)
 
     @classmethod
     def all(cls, state: Path) -> list["RunDirectory"]:
@@ -113,7 +129,8 @@ class Round:
 
     def __init__(
         self,
-        directory: RunDirectory,
+        plan: Plan,
+        work: Path,
         dataset: Dataset,
         registry: Registry,
         settings: TrainSettings,
@@ -125,7 +142,8 @@ class Round:
         """Prepare a round.
 
         Args:
-            directory: a round that was begun.
+            plan: what the round starts from.
+            work: directory for models, figures and resume points; continued where it holds some.
             dataset: of the plan's cursor.
             registry: where the plan's versions are.
             settings: of the stages.
@@ -133,8 +151,8 @@ class Round:
             publish: makes a version, if this worker may still do so.
             progress: called after each step; what it raises ends the round where it stands, to be resumed.
         """
-        self._run = directory
-        self._plan = directory.plan
+        self._plan = plan
+        self._work = work
         self._dataset = dataset
         self._registry = registry
         self._settings = settings
@@ -142,7 +160,7 @@ class Round:
         self._publish = publish
         self._progress = progress
 
-    def work(self) -> Outcome:
+    def run(self) -> Outcome:
         """Run what is left of the round.
 
         Raises:
@@ -162,7 +180,7 @@ class Round:
 
     def _reward_model(self) -> Version | GateReport:
         """1. Refit, measure beside the previous one, publish if it passes."""
-        plan, out = self._plan, self._run.path / VersionKind.REWARD_MODEL
+        plan, out = self._plan, self._work / VersionKind.REWARD_MODEL
         first = self._version(VersionKind.REWARD_MODEL, plan.first_reward_model)
         previous = self._version(VersionKind.REWARD_MODEL, plan.previous_reward_model)
         figures = self._stage("reward_model", lambda: self._fit(first, out))
@@ -204,7 +222,7 @@ class Round:
 
     def _policy(self, fitted: Version) -> Version | GateReport:
         """2. PPO from the parent; measure it and its parent on the same prompts; publish, with what the gate says."""
-        plan, out = self._plan, self._run.path / VersionKind.POLICY
+        plan, out = self._plan, self._work / VersionKind.POLICY
         trained = self._stage("ppo", lambda: self._ppo(fitted, out))
         figures = self._stage("evaluate", lambda: self._measure(out, fitted))
         parent = self._stage("evaluate_parent", lambda: self._measure(self._policy_version(plan.parent).path, fitted))
@@ -237,7 +255,7 @@ class Round:
                 self._dataset.prompts,
                 out,
                 pretraining=training_text(self._settings, load_tokenizer(parent.path), self._plan.seed),
-                resume_dir=self._run.path,
+                resume_dir=self._work,
                 seed=self._plan.seed,
                 progress=self._progress,
             )
@@ -246,7 +264,7 @@ class Round:
             return train()
         except ResumePointUnusable as error:
             _LOGGER.warning("PPO starts anew: %s", error)
-            (self._run.path / ppo.RESUME_FILE).unlink()
+            (self._work / ppo.RESUME_FILE).unlink()
             return train()
 
     def _measure(self, policy: Path, fitted: Version) -> Figures:
@@ -262,7 +280,7 @@ class Round:
 
     def _stage(self, name: str, work: Callable[[], Figures]) -> Figures:
         """The figures of a stage: those on disk where it has finished before, else of ``work``."""
-        path = self._run.path / f"{name}.json"
+        path = self._work / f"{name}.json"
         with contextlib.suppress(FileNotFoundError):
             figures: Figures = json.loads(path.read_bytes())
             return figures

@@ -139,6 +139,9 @@ class WorkerSettings(_Stage):
     )
     min_comparisons_for_cap: int = Field(2000, ge=0, description="below this many the share is not capped; ours")
     max_prompts_per_principal: int = Field(200, gt=0, description="in the prompt set (InstructGPT §3.2)")
+    distinct_prompts: bool = Field(
+        True, description="each prompt once in the prompt set (§3.2); false keeps the mix in which they were asked"
+    )
     held_out_fraction: float = Field(0.1, gt=0, lt=1, description="of principals, kept for measuring (§3.2); ours")
     canary_fraction: float = Field(
         0.0,

@@ -24,7 +24,7 @@ from deploy.registry import Lease, Registry, ReleaseStore
 from deploy.settings import DeploySettings
 from deploy.versions import Draft, Version, VersionKind
 from feedback.errors import FeedbackError
-from feedback.records import Comparison, Prompt
+from feedback.records import Comparison, PooledPrompt
 from feedback.settings import FeedbackSettings
 from feedback.store import FeedbackStore, LogEntry
 from train.datasets import Dataset, Encoder, build, position
@@ -67,6 +67,15 @@ class Stores:
         await self.lease.close()
 
 
+@dataclass
+class _Seen:
+    """How many comparisons the log holds between two stream ids, so that a look reads only what is new."""
+
+    since: str
+    until: str
+    comparisons: int = 0
+
+
 class Worker:
     """Trains whenever there is enough to learn from. ``stop`` may be set from anywhere."""
 
@@ -77,6 +86,7 @@ class Worker:
         self._settings = settings
         self._deploy = deploy
         self._registry = Registry(state)
+        self._seen = _Seen("0-0", "0-0")
 
     async def run(self) -> None:
         """Work until told to stop. Redis gone, or a full disk, is waited out."""
@@ -119,10 +129,12 @@ class Worker:
         if release.stable is None:
             return False
         cursor, since = self._last_round()
-        comparisons = 0
-        async for entry in self._stores.feedback.scan(after=cursor):
-            comparisons += isinstance(entry.record, Comparison)
-        return is_due(comparisons, time.time() - since, self._settings.worker)
+        if self._seen.since != cursor:
+            self._seen = _Seen(since=cursor, until=cursor)
+        async for entry in self._stores.feedback.scan(after=self._seen.until):
+            self._seen.until = entry.stream_id
+            self._seen.comparisons += isinstance(entry.record, Comparison)
+        return is_due(self._seen.comparisons, time.time() - since, self._settings.worker)
 
     def _last_round(self) -> tuple[str, float]:
         """The cursor of the newest round, and when it ended (unix seconds); else of the newest version."""
@@ -163,7 +175,7 @@ class Worker:
 
     async def _finish(self, directory: RunDirectory) -> Outcome | None:
         """Run what is left of a round and write down how it ended."""
-        plan = directory.plan
+        plan, work = directory.plan, directory.claim(self._stores.lease.token or 0)
         entries = await log_until(self._stores.feedback, plan.cursor)
         progress = RunProgress(directory.path, self._check)
         loop = asyncio.get_running_loop()
@@ -179,29 +191,31 @@ class Worker:
             asyncio.run_coroutine_threadsafe(logged, loop).result()
             return version
 
-        def work() -> Outcome:
-            dataset = self._dataset(directory, entries)
-            return Round(
-                directory,
-                dataset,
-                self._registry,
-                self._settings,
-                self._deploy.gate,
-                publish=publish,
-                progress=progress,
-            ).work()
+        def train() -> Outcome:
+            try:
+                return Round(
+                    plan,
+                    work,
+                    self._dataset(directory, entries),
+                    self._registry,
+                    self._settings,
+                    self._deploy.gate,
+                    publish=publish,
+                    progress=progress,
+                ).run()
+            except TrainError as error:
+                return Outcome(status="failed", reasons=(str(error),))
 
         try:
-            outcome = await asyncio.to_thread(work)
+            outcome = await asyncio.to_thread(train)
+            await self._stores.lease.check()
         except Stopped:
             _LOGGER.info("%s: stopped; it will be resumed", plan.run)
             return None
         except LeaseLost as error:
             _LOGGER.warning("%s: left to whoever holds the lease now: %s", plan.run, error)
             return None
-        except TrainError as error:
-            outcome = Outcome(status="failed", reasons=(str(error),))
-        directory.conclude(outcome)
+        directory.conclude(outcome, work)
         _LOGGER.info("%s: %s %s", plan.run, outcome.status, "; ".join(outcome.reasons))
         await self._canary(outcome, plan)
         return outcome
@@ -209,7 +223,7 @@ class Worker:
     def _dataset(self, directory: RunDirectory, entries: list[LogEntry]) -> Dataset:
         parent = self._registry.get(VersionKind.POLICY, directory.plan.parent)
         self._registry.verify(parent)
-        pool = [Prompt.model_validate(prompt) for prompt in directory.pool()]
+        pool = [PooledPrompt.model_validate(prompt) for prompt in directory.pool()]
         return dataset_for(parent, entries, pool, self._settings)
 
     async def _canary(self, outcome: Outcome, plan: Plan) -> None:
@@ -267,7 +281,7 @@ async def log_until(feedback: FeedbackStore, cursor: str) -> list[LogEntry]:
     return entries
 
 
-def dataset_for(policy: Version, entries: list[LogEntry], pool: list[Prompt], settings: TrainSettings) -> Dataset:
+def dataset_for(policy: Version, entries: list[LogEntry], pool: list[PooledPrompt], settings: TrainSettings) -> Dataset:
     """The dataset of these records for the tokenizer and window of ``policy``.
 
     Raises:

@@ -184,8 +184,8 @@ async def test_completions_are_kept_as_long_as_asked(store: FeedbackStore, redis
 async def test_the_prompt_pool_gives_different_prompts_newest_first(store: FeedbackStore, redis: Redis) -> None:
     assert await store.pool_prompts(3) == []
     await store.keep([completion(n) for n in range(1, 5)] + [completion(5, prompt="prompt 4")])
-    assert [p.text for p in await store.pool_prompts(3)] == ["prompt 4", "prompt 3", "prompt 2"]
-    assert [p.text for p in await store.pool_prompts(2)] == ["prompt 4", "prompt 3"]
+    assert [p.prompt.text for p in await store.pool_prompts(3)] == ["prompt 4", "prompt 3", "prompt 2"]
+    assert [p.prompt.text for p in await store.pool_prompts(2)] == ["prompt 4", "prompt 3"]
     await store.keep([completion(6)])
     assert redis.zrange("pool:prompts", 0, -1) == [f"cmpl-{n}" for n in range(2, 7)]
     assert len(await store.pool_prompts(100)) == 4
@@ -195,7 +195,7 @@ async def test_expired_and_damaged_completions_leave_the_pool(store: FeedbackSto
     await store.keep([completion(n) for n in range(1, 6)])
     redis.delete("gen:cmpl-5", "gen:cmpl-3")
     redis.set("gen:cmpl-4", "not zlib")
-    assert [p.text for p in await store.pool_prompts(2)] == ["prompt 2", "prompt 1"]
+    assert [p.prompt.text for p in await store.pool_prompts(2)] == ["prompt 2", "prompt 1"]
     assert redis.zrange("pool:prompts", 0, -1) == ["cmpl-1", "cmpl-2"]
 
 

@@ -1,5 +1,6 @@
 """``python -m train``: the stages by hand, and a worker process that is stopped, killed and started again."""
 
+import contextlib
 import json
 import os
 import signal
@@ -92,7 +93,7 @@ def start_worker(loop: Loop, settings_file: Path) -> Iterator[Callable[[], subpr
 
 
 def wait_for(state: Path, what: Callable[[RunDirectory], bool]) -> RunDirectory:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
         for run in RunDirectory.all(state):
             if what(run):
@@ -101,8 +102,13 @@ def wait_for(state: Path, what: Callable[[RunDirectory], bool]) -> RunDirectory:
     pytest.fail((state / "worker.log").read_text()[-3000:])
 
 
-def in_ppo(run: RunDirectory) -> bool:
-    return (run.path / "ppo.pt").exists()
+def written(run: RunDirectory) -> int:
+    """When the newest resume point was written, in ns; 0 where there is none."""
+    times = []
+    for point in run.path.glob("work-*/ppo.pt"):
+        with contextlib.suppress(FileNotFoundError):  # the next holder renames the directory
+            times.append(point.stat().st_mtime_ns)
+    return max(times, default=0)
 
 
 def ended(run: RunDirectory) -> bool:
@@ -113,20 +119,20 @@ def test_a_worker_that_is_stopped_killed_and_paused_finishes_the_round_once(
     loop: Loop, start_worker: Callable[[], subprocess.Popen[bytes]]
 ) -> None:
     stopped = start_worker()
-    run = wait_for(loop.state, in_ppo)
+    run = wait_for(loop.state, lambda run: written(run) > 0)
     stopped.send_signal(signal.SIGTERM)
     assert stopped.wait(20) == 0, "stopping is not a failure"
     assert not ended(run)
-    resume_point = (run.path / "ppo.pt").stat().st_mtime_ns
+    resume_point = written(run)
 
     killed = start_worker()
-    wait_for(loop.state, lambda run: (run.path / "ppo.pt").stat().st_mtime_ns > resume_point)
+    wait_for(loop.state, lambda run: written(run) > resume_point)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    resume_point = (run.path / "ppo.pt").stat().st_mtime_ns
+    resume_point = written(run)
 
     paused = start_worker()
-    wait_for(loop.state, lambda run: (run.path / "ppo.pt").stat().st_mtime_ns > resume_point)
+    wait_for(loop.state, lambda run: written(run) > resume_point)
     paused.send_signal(signal.SIGSTOP)
     successor = start_worker()
     wait_for(loop.state, ended)

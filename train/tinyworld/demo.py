@@ -118,8 +118,7 @@ class Demo:
     def _first_policy(self) -> None:
         seed = ("--seed", str(self._seed))
         with self._stage("pretrain"):
-            # Nothing else runs yet, so both cores are its own.
-            self._local.run("train", "--threads", "2", "pretrain", *seed)
+            self._local.run("train", "pretrain", *seed)
         with self._stage("fine-tune"):
             self._local.start("serve", "serve", "--port", self._local.url.rpartition(":")[2])
             self._local.run("train", "sft", *seed)

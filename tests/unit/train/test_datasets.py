@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from feedback.records import Candidate, Comparison, Demonstration, Prompt
+from feedback.records import Candidate, Comparison, Demonstration, PooledPrompt, Prompt
 from feedback.store import LogEntry
 from train.batches import RankedPrompt
 from train.datasets import (
@@ -128,27 +128,38 @@ def entries(**counts: int) -> list[tuple[str, Comparison]]:
     ]
 
 
-def test_a_small_log_and_a_single_principal_are_not_capped() -> None:
-    assert len(capped(entries(ann=90, bob=10), 0.005, 100)) == 100
-    assert len(capped(entries(ann=200), 0.005, 100)) == 200
+def kept_of(compared: list[tuple[str, Comparison]]) -> Counter[str]:
+    return Counter(record.principal for _, record in capped(compared, 0.005, 100))
+
+
+def test_a_small_log_a_single_principal_and_equals_are_not_capped() -> None:
+    assert kept_of(entries(ann=90, bob=10)) == {"ann": 90, "bob": 10}
+    assert kept_of(entries(ann=200)) == {"ann": 200}
+    assert kept_of(entries(ann=200, bob=200, eve=200)) == {"ann": 200, "bob": 200, "eve": 200}
 
 
 def test_beyond_the_minimum_nobody_dominates() -> None:
-    crowd = {f"p{i}": 1 for i in range(150)}
-    kept = Counter(record.principal for _, record in capped(entries(flood=850, **crowd), 0.005, 100))
-    assert kept["flood"] == 5, "0.5 % of 1 000"
-    assert sum(kept.values()) == 155
+    crowd = {f"p{i}": 1 for i in range(400)}
+    kept = kept_of(entries(flood=1600, **crowd))
+    assert kept["flood"] == 10, "0.5 % of 2 000"
+    assert kept.total() == 410
+    assert kept_of(entries(ann=300, bob=30)) == {"ann": 165, "bob": 30}, "few principals: an equal share"
 
 
 def test_the_cap_never_takes_the_log_below_the_minimum() -> None:
-    kept = Counter(record.principal for _, record in capped(entries(ann=300, bob=30), 0.005, 100))
-    assert kept == {"ann": 70, "bob": 30}
+    crowd = {f"p{i}": 1 for i in range(50)}
+    kept = kept_of(entries(flood=950, **crowd))
+    assert (kept["flood"], kept.total()) == (50, 100)
 
 
-def test_the_newest_of_a_capped_principal_are_kept_in_order() -> None:
-    kept = capped(entries(ann=300, bob=30), 0.005, 100)
-    texts = [int(record.prompt.text or "") for _, record in kept if record.principal == "ann"]
-    assert texts == list(range(230, 300))
+def test_what_is_kept_of_a_flood_is_of_all_times_in_order_and_stays() -> None:
+    everything = entries(ann=300, bob=30)
+    kept = capped(everything, 0.005, 100)
+    assert [one for one in everything if one in kept] == kept
+    places = [int(record.prompt.text or "") for _, record in kept if record.principal == "ann"]
+    assert 30 < sum(place < 150 for place in places) < 135
+    later = capped([*everything, *entries(eve=400)], 0.005, 100)
+    assert {one for one, _ in kept} <= {one for one, _ in later}, "allowances grow with the log; nothing is swapped"
 
 
 # --- split
@@ -198,7 +209,7 @@ def test_stream_ids_order_as_numbers() -> None:
 def test_ppo_prompts_are_distinct_and_bounded_where_principals_share(
     asked: list[tuple[str, tuple[int, ...]]], most: int
 ) -> None:
-    prompts = ppo_prompts(asked, most)
+    prompts = ppo_prompts(asked, most, distinct=True)
     assert len(prompts) == len(set(prompts))
     principals = {principal for principal, _ in asked}
     if len(principals) < 2:
@@ -206,6 +217,12 @@ def test_ppo_prompts_are_distinct_and_bounded_where_principals_share(
     else:
         assert len(prompts) <= most * len(principals)
         assert asked[-1][1] in prompts, "the newest is never the one left out"
+
+
+def test_prompts_that_need_not_be_distinct_keep_the_mix_of_the_asking() -> None:
+    asked = [("ann", (1,)), ("ann", (2,)), ("ann", (1,)), ("ann", (3,))]
+    assert ppo_prompts(asked, 2, distinct=False) == ((1,), (2,), (1,), (3,))
+    assert ppo_prompts([*asked, ("bob", (1,))], 2, distinct=False) == ((1,), (3,), (1,))
 
 
 # --- the whole
@@ -220,7 +237,8 @@ def test_a_dataset_of_a_mixed_log() -> None:
     )
     original = Candidate(text="wrong")
     correcting = shown.model_copy(update={"id": "dem_2", "prompt": Prompt(text="fix"), "corrects": original})
-    pool = [Prompt(text=f"pool {i}") for i in range(20)] + [Prompt(text="y" * 35), Prompt(text="q1")]
+    texts = [*(f"pool {i}" for i in range(20)), "y" * 35, "q1"]
+    pool = [PooledPrompt(principal="ann", prompt=Prompt(text=text)) for text in texts]
     dataset = build(log(*compared, compared[0], tied, too_long, shown, correcting), pool, ENCODER, SETTINGS)
 
     assert dataset.counts["superseded"] == 1
