@@ -42,7 +42,7 @@ DURABLE = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "no
 """The live configuration without which an acknowledged record may be lost."""
 QUEUE_SHARE = 0.9
 """Part of the socket timeout that an append may wait for its batch: what queues up while one fsync stalls (0.5 s were
-seen on a busy disk) is not refused. Where the batch fails, all behind it fail at once, so callers wait for one timeout."""
+seen on a busy disk) is not refused. Where a batch fails, all behind it fail at once: callers wait for one timeout."""
 
 _APPEND = Path(__file__).with_name("append.lua").read_text()
 _APPEND_SHA1 = hashlib.sha1(_APPEND.encode()).hexdigest()

@@ -8,14 +8,16 @@ import asyncio
 import itertools
 import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import httpx2
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, OpenAIError
 from openai.types.chat import ChatCompletion
 
+from train.errors import TrainError
 from train.tinyworld import tasks, writers
 from train.tinyworld.evaluation import Sample
 from train.tinyworld.labelers import Labeler
@@ -26,6 +28,14 @@ MAX_COMPLETION_TOKENS = 26
 
 HOT_TEMPERATURE = 1.3
 """Of one of the K candidates, so that rankings see rarer mistakes."""
+
+
+_FAILURES = (httpx2.HTTPError, OpenAIError)
+"""What a request can end in beside an answer."""
+
+
+class CrowdFailed(TrainError):
+    """Too many requests failed to go on."""
 
 
 @dataclass
@@ -60,6 +70,8 @@ class Crowd:
 
     def __init__(self, url: str, labelers: Sequence[Labeler], *, at_once: int = 24) -> None:
         self.tally = Tally()
+        self.acknowledged: set[str] = set()
+        """Ids of the comparisons that the server has said it keeps."""
         self._http = httpx2.AsyncClient(transport=_Tallied(self.tally), base_url=url, timeout=60.0)
         self._openai = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", http_client=self._http, max_retries=0)
         self._labelers = labelers
@@ -106,6 +118,8 @@ class Crowd:
             answers[number] = await self._ask(task, model, n=sets)
 
         await self._each(enumerate(asked), ask, done)
+        if len(answers) < len(asked):
+            raise CrowdFailed(f"{model} answered only {len(answers)} of {len(asked)} prompts")
         return [[_sample(answers[number], place) for number in range(len(asked))] for place in range(sets)]
 
     async def answered_by(self, version: int) -> None:
@@ -123,10 +137,11 @@ class Crowd:
         rng = random.Random(f"visitor {seed}")
         for number in itertools.count():
             task = tasks.draw(rng, test=False)
-            if number % 2:
-                await self._ask(task, "policy", n=1, user=f"visitor-{seed}")
-            else:
-                await self._stream(task, f"visitor-{seed}")
+            with suppress(*_FAILURES):
+                if number % 2:
+                    await self._ask(task, "policy", n=1, user=f"visitor-{seed}")
+                else:
+                    await self._stream(task, f"visitor-{seed}")
             await asyncio.sleep(pause_seconds)
 
     async def _each(
@@ -134,7 +149,8 @@ class Crowd:
     ) -> None:
         async def one(item: Any) -> None:
             async with self._at_once:
-                await act(item)
+                with suppress(*_FAILURES):  # tallied; the others go on
+                    await act(item)
             done()
 
         async with asyncio.TaskGroup() as group:
@@ -149,13 +165,12 @@ class Crowd:
         random.Random(plain.id).shuffle(shown)  # labelers have a position bias, and it must not fall on the hot one
         samples = [_sample(answer, index) for answer, index in shown]
         ranking = labeler.rank(task.instruction, [s.text for s in samples], [s.finished for s in samples])
-        await self._post(
-            "/v1/feedback/comparisons",
+        await self._post_comparison(
             {
                 "candidates": [{"completion_id": answer.id, "index": index} for answer, index in shown],
                 "ranking": ranking,
                 "labeler": labeler.name,
-            },
+            }
         )
 
     async def _judge(self, task: Task, labeler: Labeler) -> None:
@@ -165,9 +180,7 @@ class Crowd:
         )
         texts = [candidate["text"] for candidate in blind["candidates"]]
         ranking = labeler.rank(task.instruction, texts, [True] * len(texts))
-        await self._post(
-            "/v1/feedback/comparisons", {"task_id": blind["id"], "ranking": ranking, "labeler": labeler.name}
-        )
+        await self._post_comparison({"task_id": blind["id"], "ranking": ranking, "labeler": labeler.name})
 
     async def _ask(
         self, task: Task, model: str, *, n: int, temperature: float = 1.0, user: str = "crowd"
@@ -194,6 +207,10 @@ class Crowd:
             for choice in chunk.choices:
                 finished = choice.finish_reason or finished
         self.tally.failed += finished is None  # a stream that stops short is a failed request, too
+
+    async def _post_comparison(self, body: dict[str, Any]) -> None:
+        kept = await self._post("/v1/feedback/comparisons", body)
+        self.acknowledged.add(kept["id"])
 
     async def _post(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
         answer = await self._http.post(route, json=body)

@@ -33,6 +33,7 @@ from deploy.up import LocalLoop, running
 from deploy.verdict import Verdict
 from deploy.versions import VersionKind
 from feedback.errors import FeedbackError
+from feedback.records import Comparison
 from feedback.settings import FeedbackSettings, LoopSettings
 from feedback.store import FeedbackStore
 from train import report
@@ -110,6 +111,7 @@ class Demo:
             await self._canary()
             await self._promote_roll_back_and_promote_again()
             await self._measure()
+        self.outcome.comparisons = await self._stored_comparisons()
         self.outcome.requests_total = self._crowd.tally.requests
         self.outcome.requests_failed = self._crowd.tally.failed
         self.outcome.minutes = (time.monotonic() - began) / 60
@@ -142,7 +144,6 @@ class Demo:
             # Before the comparisons, because the worker starts as soon as there are enough of those.
             await self._crowd.demonstrate(asked[:DEMONSTRATIONS], self._seed, lambda: None)
             await self._crowd.compare(asked, K, bar.advance)
-        self.outcome.comparisons = COMPARISONS
 
     async def _learn(self) -> None:
         """Wait for the worker to publish version 2."""
@@ -168,7 +169,6 @@ class Demo:
             while verdict.decision not in ("better", "worse") and verdict.comparisons < limit:
                 asked = [tasks.draw(self._rng, test=False) for _ in range(BLIND_BATCH)]
                 await self._crowd.judge_blind(asked, bar.advance)
-                self.outcome.comparisons += BLIND_BATCH
                 verdict = await self._verdict()
                 bar.say(verdict.sentence())
         self.outcome.verdict = verdict.model_dump()
@@ -217,6 +217,17 @@ class Demo:
 
     async def _converged(self) -> None:
         await asyncio.to_thread(self._local.wait_ready)
+
+    async def _stored_comparisons(self) -> int:
+        """How many comparisons the log holds. Raises DemoFailed where one that was acknowledged is not among them."""
+        store = FeedbackStore.connect(self._local.redis_url, FeedbackSettings.load())
+        try:
+            stored = {entry.record.id async for entry in store.scan() if isinstance(entry.record, Comparison)}
+        finally:
+            await store.close()
+        if lost := self._crowd.acknowledged - stored:
+            raise DemoFailed(f"{len(lost)} acknowledged comparisons are not in the log")
+        return len(stored)
 
     async def _verdict(self) -> Verdict:
         store = FeedbackStore.connect(self._local.redis_url, FeedbackSettings.load())
