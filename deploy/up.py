@@ -72,18 +72,22 @@ class LocalLoop:
             if child.poll() is not None:
                 raise ChildFailed(f"the {name} process ended with status {child.returncode}; see {self.log(name)}")
 
-    def wait_ready(self, timeout_seconds: float = 300.0) -> None:
-        """Wait until the server serves a policy. Raises ChildFailed when a child ends, or the time is up."""
+    def wait_ready(self, generation: int = 0, timeout_seconds: float = 300.0) -> None:
+        """Wait until the server serves the release of that generation, or a later one.
+
+        Raises:
+            ChildFailed: A child ended, or the time is up.
+        """
         deadline = time.monotonic() + timeout_seconds
         why = "it does not answer"
         while time.monotonic() < deadline:
             self.check()
             with contextlib.suppress(httpx2.TransportError):
                 answer = httpx2.get(f"{self.url}/ready", timeout=10.0)
-                if answer.status_code == 200:
+                if answer.status_code == 200 and answer.json()["generation"] >= generation:
                     return
                 why = answer.text
-            time.sleep(0.5)
+            time.sleep(0.1)
         raise ChildFailed(f"the server was not ready after {timeout_seconds:.0f} s ({why}); see {self.log('serve')}")
 
     def stop(self, name: str) -> None:

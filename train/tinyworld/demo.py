@@ -43,7 +43,7 @@ from train.tinyworld import evaluation, labelers, tasks
 from train.tinyworld.crowd import Crowd
 from train.tinyworld.study import SETTINGS_FILE
 
-COMPARISONS = 3000
+COMPARISONS = 4000
 """Rankings of K completions that version 2 learns from."""
 K = 6
 DEMONSTRATIONS = 300
@@ -161,8 +161,7 @@ class Demo:
 
     async def _canary(self) -> None:
         with self._stage("canary"):
-            self._operate("canary", "2", "--fraction", "0.3")
-            await self._converged()
+            await self._operate("canary", "2", "--fraction", "0.3")
         limit = DeploySettings.load().verdict.max_comparisons
         with self._stage("blind pairs"), self._bar("people judge blind pairs", limit) as bar:
             verdict = Verdict()
@@ -179,13 +178,11 @@ class Demo:
             self.outcome.promote_seconds = await self._until_served(2, "promote")
             self.outcome.rollback_seconds = await self._until_served(1, "rollback")
             why = "the demo rolled back a version that blind pairs had found better"
-            self._operate("canary", "2", "--fraction", "0.3")
-            await self._converged()
+            await self._operate("canary", "2", "--fraction", "0.3")
             self.outcome.promote_again_seconds = await self._until_served(2, "promote", "--override", why)
-            await self._converged()
-        releases = ReleaseStore.connect(self._local.redis_url, self._local.state)
-        self.outcome.stable_version = (await releases.read()).stable or 0
-        await releases.close()
+            releases = ReleaseStore.connect(self._local.redis_url, self._local.state)
+            self.outcome.stable_version = (await releases.read()).stable or 0
+            await releases.close()
 
     async def _measure(self) -> None:
         asked = evaluation.held_out_tasks(TEST_PROMPTS)
@@ -198,25 +195,22 @@ class Demo:
         self.outcome.before = evaluation.quality(asked, before)
         self.outcome.after = evaluation.quality(asked, after)
 
-    def _operate(self, *arguments: str) -> None:
-        ran = subprocess.run(
-            [sys.executable, "-m", "deploy", *arguments],
-            env=self._local.environment,
-            capture_output=True,
-            text=True,
-            check=False,
+    async def _operate(self, *arguments: str) -> None:
+        """Run an operator's command, and wait until the server has followed it."""
+        command = [sys.executable, "-m", "deploy", *arguments, "--json"]
+        process = await asyncio.create_subprocess_exec(
+            *command, env=self._local.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
-        if ran.returncode:
-            raise DemoFailed(f"python -m deploy {' '.join(arguments)}: {ran.stdout}{ran.stderr}")
+        said, complained = await process.communicate()
+        if process.returncode:
+            raise DemoFailed(f"python -m deploy {' '.join(arguments)}: {(said + complained).decode()}")
+        await asyncio.to_thread(self._local.wait_ready, json.loads(said)["generation"])
 
     async def _until_served(self, version: int, *command: str) -> float:
         began = time.monotonic()
-        await asyncio.to_thread(self._operate, *command)
+        await self._operate(*command)
         await self._crowd.answered_by(version)
         return time.monotonic() - began
-
-    async def _converged(self) -> None:
-        await asyncio.to_thread(self._local.wait_ready)
 
     async def _stored_comparisons(self) -> int:
         """How many comparisons the log holds. Raises DemoFailed where one that was acknowledged is not among them."""
@@ -241,6 +235,8 @@ class Demo:
     @contextlib.contextmanager
     def _stage(self, name: str) -> Iterator[None]:
         began = time.monotonic()
+        if not self._console.is_terminal:
+            self._console.print(f"{name} …")
         yield
         seconds = self.outcome.stage_seconds[name] = time.monotonic() - began
         tally = self._crowd.tally
@@ -249,7 +245,9 @@ class Demo:
     @contextlib.contextmanager
     def _bar(self, what: str, total: int | None) -> Iterator["_Bar"]:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        with Progress(*columns, TimeElapsedColumn(), console=self._console, transient=True) as progress:
+        with Progress(
+            *columns, TimeElapsedColumn(), console=self._console, transient=True, disable=not self._console.is_terminal
+        ) as progress:
             yield _Bar(progress, what, total)
 
 
