@@ -20,8 +20,9 @@ $(STAMP): $(LOCK) deploy/requirements/torch.txt deploy/requirements/install.sh p
 up: setup ## Redis, server and training worker on this machine; Ctrl-C stops them
 	$(BIN)/python -m deploy up
 
-demo: setup ## one whole improvement cycle with simulated labelers
-	$(BIN)/python -m train.tinyworld.demo
+SEED ?= 0
+demo: setup ## one whole improvement cycle with simulated labelers; SEED=n for another world
+	$(BIN)/python -m train.tinyworld.demo --seed $(SEED)
 
 test: lint ## all that CI runs
 	$(BIN)/python -m pytest

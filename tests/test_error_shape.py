@@ -41,7 +41,7 @@ def test_every_posting_route(server: RunningServer, how: str) -> None:
         assert_shape(httpx2.post(f"{server.url}{path}", timeout=60, **WRONG[how]))
 
 
-@pytest.mark.parametrize("method", ["DELETE", "PATCH", "OPTIONS", "BREW"])
+@pytest.mark.parametrize("method", ["DELETE", "PATCH", "OPTIONS", "PUT"])
 def test_wrong_methods_and_paths(server: RunningServer, method: str) -> None:
     for path in ("/v1/chat/completions", "/v1/feedback/comparisons", "/ready"):
         answer = httpx2.request(method, f"{server.url}{path}")
