@@ -39,7 +39,7 @@ def create_app(settings: ServeSettings, feedback_settings: FeedbackSettings, sta
         replica = f"{socket.gethostname()}:{os.getpid()}"
         fleet = Fleet(replica, Registry(state), releases, settings, metrics, recorder.sampled)
         app.state.services = Services(settings, feedback_settings, store, fleet, recorder, metrics)
-        background = [asyncio.create_task(fleet.watch()), asyncio.create_task(recorder.run())]
+        background = [asyncio.create_task(work) for work in (fleet.watch(), fleet.report(), recorder.run())]
         for task in background:
             task.add_done_callback(_end_server_if_failed)
         try:

@@ -5,6 +5,7 @@ what is no longer needed. Until the flip, and for as long as an engine fails to 
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -64,22 +65,32 @@ class Fleet:
 
     async def watch(self) -> None:
         """Follow the release until cancelled. With Redis gone, the last release known goes on being served."""
-        self.wanted = self._releases.last_known()
         while True:
             try:
                 self.wanted = await self._releases.read()
             except ReleaseUnavailable as error:
                 log.warning("the release cannot be read; the last one known is served", extra={"why": str(error)})
+                if self.wanted.generation == 0:  # just started: what the state directory remembers
+                    with contextlib.suppress(ReleaseUnavailable):
+                        self.wanted = self._releases.last_known()
             await self._reconcile(self.wanted)
             try:
-                await self._releases.report(
-                    ReplicaReport(
-                        replica=self._replica, generation=self.serving.generation, live=tuple(sorted(self.live))
-                    )
-                )
                 await self._releases.changed(self._settings.release_poll_seconds)
             except ReleaseUnavailable:
                 await asyncio.sleep(self._settings.release_poll_seconds)
+
+    async def report(self) -> None:
+        """Tell the operator what this server has live, until cancelled; also while an engine takes long to start."""
+        while True:
+            told = ReplicaReport(
+                replica=self._replica,
+                generation=self.serving.generation,
+                live=tuple(sorted(self.live)),
+                detail=self.problem or "",
+            )
+            with contextlib.suppress(ReleaseUnavailable):  # the watch logs it
+                await self._releases.report(told)
+            await asyncio.sleep(self._settings.release_poll_seconds)
 
     def pick(self, model: str | None, principal: str, user: str | None, request_id: str) -> Engine:
         """The engine for a request's ``model``: the released policy, or one live version pinned by its id.

@@ -11,7 +11,7 @@ python=${PYTHON:-python3}
 
 fail() { echo "setup: $*" >&2; exit 1; }
 
-command -v "$python" >/dev/null || fail "$python is missing; install Python 3.11 or 3.12, or name one with PYTHON=..."
+command -v "$python" >/dev/null || fail "$python is missing; install Python 3.11, or name one with PYTHON=..."
 "$python" -c 'import sys; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' ||
     fail "$("$python" --version) will not do; Python 3.11 or 3.12 is needed (name one with PYTHON=...)"
 "$python" -c 'import venv, ensurepip' 2>/dev/null || fail "this Python has no venv; install python3-venv"
