@@ -1,5 +1,8 @@
 """Changing versions under load: no failed request, no completion of two versions, and nothing corrupt is served."""
 
+import contextlib
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -174,3 +177,26 @@ def test_redis_gone_completions_go_on_and_feedback_says_so(byte_policy: Callable
         server.process.terminate()
         server.process.wait(60)
         redis.close()
+
+
+def test_a_server_started_without_redis_serves_the_last_release_known(
+    byte_policy: Callable[[int], Path], state_dir: Path
+) -> None:
+    deploy = [sys.executable, "-m", "deploy", "--state", str(state_dir), "import", str(byte_policy(1))]
+    subprocess.run(deploy, check=True, capture_output=True)
+    server = start_server(state_dir, f"unix://{state_dir}/gone.sock")
+    try:
+        body = {"model": "policy", "prompt": "hello", "max_tokens": 4}
+
+        def served() -> bool:
+            with contextlib.suppress(httpx2.TransportError):
+                answer = httpx2.post(f"{server.url}/v1/completions", json=body, timeout=20)
+                return answer.status_code == 200 and answer.headers["x-policy-version"] == "1"
+            return False
+
+        until(served)
+        ready = httpx2.get(f"{server.url}/ready", timeout=20)
+        assert ready.status_code == 503 and ready.json()["error"]["type"] == "overloaded_error"
+    finally:
+        server.process.terminate()
+        server.process.wait(60)
