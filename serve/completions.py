@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from feedback.records import Prompt
 from serve.auth import PrincipalDep
-from serve.errors import InvalidRequest
+from serve.errors import InvalidRequest, ModelNotFound
 from serve.forwarding import EngineAnswer, completion_id
 from serve.limits import check_completion, prompts_of
 from serve.recording import Asked
@@ -25,23 +25,33 @@ _OURS = ("store", "metadata", "user", "safety_identifier", "request_id")
 @router.get("/models")
 async def list_models(services: ServicesDep) -> dict[str, Any]:
     """The released policy and each live version."""
-    settings, fleet = services.settings, services.fleet
+    return {"object": "list", "data": list(_models(services).values())}
 
-    def entry(model_id: str, version: int, role: str) -> dict[str, Any]:
-        return {
+
+@router.get("/models/{model_id}")
+async def get_model(model_id: str, services: ServicesDep) -> dict[str, Any]:
+    """One of them."""
+    models = _models(services)
+    if model_id not in models:
+        raise ModelNotFound(f"that model is not live; live are: {', '.join(models)}")
+    return models[model_id]
+
+
+def _models(services: Services) -> dict[str, dict[str, Any]]:
+    fleet, released = services.fleet, services.settings.model_name
+    named = {released: fleet.serving.stable} if fleet.serving.stable is not None else {}
+    named |= {fleet.model_id(version): version for version in fleet.roles()}
+    return {
+        model_id: {
             "id": model_id,
             "object": "model",
             "created": int(fleet.live[version].created),
             "owned_by": "instructloop",
             "policy_version": version,
-            "release_role": role,
+            "release_role": fleet.roles()[version],
         }
-
-    roles = fleet.roles()
-    data = [entry(fleet.model_id(version), version, role) for version, role in roles.items()]
-    if fleet.serving.stable is not None:
-        data.insert(0, entry(settings.model_name, fleet.serving.stable, "stable"))
-    return {"object": "list", "data": data}
+        for model_id, version in named.items()
+    }
 
 
 @router.post("/chat/completions", operation_id="create_chat_completion")

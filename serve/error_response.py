@@ -81,7 +81,7 @@ async def invalid_request(request: Request, error: Exception) -> JSONResponse:
     """400 with the first field at fault; the value itself stays out of the message."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    path = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    path = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
     param = ".".join(path) or None
     message = str(first["msg"]).removeprefix("Value error, ")
     return error_response(400, f"{param}: {message}" if param else message, param)

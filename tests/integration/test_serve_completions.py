@@ -23,6 +23,9 @@ def test_models_lists_the_released_policy_and_the_live_version(client: OpenAI) -
     assert list(models) == ["policy", "policy-v1"]
     assert models["policy-v1"]["policy_version"] == 1
     assert models["policy-v1"]["release_role"] == "stable"
+    assert client.models.retrieve("policy-v1").model_dump() == models["policy-v1"]
+    with pytest.raises(openai.NotFoundError, match="policy, policy-v1"):
+        client.models.retrieve("policy-v2")
 
 
 def test_chat_completion_names_the_version_that_sampled_it(client: OpenAI) -> None:

@@ -137,6 +137,13 @@ def test_an_idempotency_key_is_for_one_body(server: RunningServer) -> None:
     assert other.json()["error"]["code"] == "idempotency_key_reuse"
 
 
+def test_an_idempotency_key_has_at_most_255_characters(server: RunningServer) -> None:
+    body = {"prompt": "hi", "completions": ["a", "b"], "preferred": 0}
+    assert compare(server, {"Idempotency-Key": "k" * 255}, **body).status_code == 201
+    refused = compare(server, {"Idempotency-Key": "k" * 256}, **body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "Idempotency-Key")
+
+
 async def test_demonstrations_and_corrections(server: RunningServer) -> None:
     url = f"{server.url}/v1/feedback/demonstrations"
     free = httpx2.post(url, json={"prompt": "say hi", "completion": "hi", "labeler": "L-2"})
