@@ -39,7 +39,7 @@ async def get_model(model_id: str, services: ServicesDep) -> dict[str, Any]:
 
 def _models(services: Services) -> dict[str, dict[str, Any]]:
     fleet, released = services.fleet, services.settings.model_name
-    named = {released: fleet.serving.stable} if fleet.serving.stable is not None else {}
+    named = {released: fleet.serving.stable} if fleet.serving.stable in fleet.live else {}
     named |= {fleet.model_id(version): version for version in fleet.roles()}
     return {
         model_id: {

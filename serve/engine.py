@@ -160,6 +160,11 @@ class Engine:
         (rendered,) = self._llm.renderer.render_cmpl([TokensPrompt(prompt_token_ids=list(token_ids))])
         return rendered
 
+    @property
+    def dead(self) -> bool:
+        """True when the engine's process has ended. vLLM cannot revive it; start another."""
+        return bool(self._llm.errored)
+
     async def probe(self, timeout_seconds: float) -> bool:
         """True when the engine samples one token in time. A dead engine may look like a clean exit; this does not."""
         sampling = SamplingParams(temperature=0.0, max_tokens=1)

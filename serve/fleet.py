@@ -96,19 +96,24 @@ class Fleet:
         """The engine for a request's ``model``: the released policy, or one live version pinned by its id.
 
         Raises:
-            NotServing: No engine is live yet.
+            NotServing: No engine is live yet, or the one asked for has ended.
             ModelNotFound: The id names nothing that is live.
         """
         if self.serving.stable is None:
             raise NotServing(self.problem or "no policy version is being served yet")
         name = self._settings.model_name
         if model is None or model == name:
-            return self.live[pick_version(self.serving, principal, user, request_id)]
+            return self._running(pick_version(self.serving, principal, user, request_id))
         number = model.removeprefix(f"{name}-v")
         if model != number and number.isdecimal() and int(number) in self.live:
-            return self.live[int(number)]
+            return self._running(int(number))
         live = ", ".join([name, *(self.model_id(version) for version in sorted(self.live))])
         raise ModelNotFound(f"that model is not live; live are: {live}")
+
+    def _running(self, version: int) -> Engine:
+        if version not in self.live or self.live[version].dead:
+            raise NotServing(f"the engine of version {version} has ended and is being started again")
+        return self.live[version]
 
     def model_id(self, version: int) -> str:
         """The id that pins a version."""
@@ -128,6 +133,10 @@ class Fleet:
 
     async def _reconcile(self, release: Release) -> None:
         self.problem = None
+        for number in [number for number, engine in self.live.items() if engine.dead]:
+            log.error("engine ended by itself; it is started again", extra={"policy_version": number})
+            self._metrics.engine_starts.labels("died").inc()
+            self._retire(self.live.pop(number))
         for number in release.live():
             if not await self._ensure(number):
                 return
@@ -143,9 +152,7 @@ class Fleet:
         else:
             keep = None
         for number in [number for number in self.live if number not in (*release.live(), keep)]:
-            task = asyncio.create_task(self._drain(self.live.pop(number)))
-            self._retiring.add(task)
-            task.add_done_callback(self._retiring.discard)
+            self._retire(self.live.pop(number))
         if keep is not None and keep == release.previous:
             await self._ensure(keep)
 
@@ -172,6 +179,11 @@ class Fleet:
         version = self._registry.get(VersionKind.POLICY, number)
         self._registry.verify(version)
         return version
+
+    def _retire(self, engine: Engine) -> None:
+        task = asyncio.create_task(self._drain(engine))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
 
     async def _drain(self, engine: Engine) -> None:
         await asyncio.sleep(_DRAIN_GRACE_SECONDS)

@@ -68,9 +68,13 @@ async def _reasons_not_ready(services: Services) -> list[str]:
             f"release generation {fleet.wanted.generation} is not served yet"
             + (f": {fleet.problem}" if fleet.problem else "")
         )
+
+    async def answers(number: int) -> bool:
+        return number in fleet.live and await fleet.live[number].probe(PROBE_SECONDS)
+
     numbers = fleet.serving.live()
-    answers = await asyncio.gather(*(fleet.live[number].probe(PROBE_SECONDS) for number in numbers))
-    reasons += [f"the engine of version {n} does not answer" for n, ok in zip(numbers, answers, strict=True) if not ok]
+    answered = await asyncio.gather(*map(answers, numbers))
+    reasons += [f"the engine of version {n} does not answer" for n, ok in zip(numbers, answered, strict=True) if not ok]
     try:
         reasons += await services.store.durability_problems()
     except StoreUnavailable as error:

@@ -29,7 +29,8 @@ async def create_task(body: TaskBody, services: ServicesDep, principal: Principa
     if body.prompt is not None and body.messages is not None:
         raise InvalidRequest("give at most one of prompt and messages", "prompt")
     prompt = body.asked() or await _pool_prompt(services)
-    arms = [services.fleet.live[version] for version in services.fleet.serving.live()]
+    live = services.fleet.live
+    arms = [live[version] for version in services.fleet.serving.live() if version in live]
     if not arms:
         raise NotServing("no policy version is being served yet")
     _SHUFFLE.shuffle(arms)  # which arm gives the extra candidate of an odd k is drawn, too
