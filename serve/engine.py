@@ -5,6 +5,7 @@ caps and resolves the model, then calls ``Engine.app`` in-process, so a completi
 ``_RecordingLLM`` hands every finished request to a callback without touching what the client receives.
 """
 
+import argparse
 import asyncio
 import json
 import math
@@ -113,19 +114,14 @@ class Engine:
                 settings.engine_start_timeout_seconds,
             )
         except (RuntimeError, ValueError, OSError, TimeoutError) as error:
-            raise EngineFailed(f"version {version.manifest.version} does not load: {error}") from error
-        app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-        await init_app_state(llm, app.state, arguments, await llm.get_supported_tasks())
-        chat_routes.attach_router(app)
-        completion_routes.attach_router(app)
-        init_exception_handler(app)
-        app.add_exception_handler(RequestValidationError, invalid_request)  # vLLM's own echoes the offending value
-        app.state.server = types.SimpleNamespace(should_exit=False)  # vLLM's handlers ask for it when an engine dies
-        engine = cls(version, llm, app)
+            raise EngineFailed(f"version {version.number} does not load: {error}") from error
         try:
+            engine = cls(version, llm, await _openai_routes(llm, arguments))
+            if not await engine.probe(settings.engine_start_timeout_seconds):
+                raise EngineFailed(f"version {version.number} loads, but its engine does not answer")
             await engine.check_canary_prompts(settings.logprob_tolerance)
-        except EngineFailed:
-            await engine.close()
+        except BaseException:
+            await asyncio.to_thread(llm.shutdown, timeout=5.0)
             raise
         llm.on_sampled = on_sampled
         return engine
@@ -191,6 +187,18 @@ class Engine:
         """Stop the engine's process. Requests that still run fail; drain first."""
         await self._client.aclose()
         await asyncio.to_thread(self._llm.shutdown, timeout=5.0)
+
+
+async def _openai_routes(llm: AsyncLLM, arguments: argparse.Namespace) -> FastAPI:
+    """The completion routes of vLLM over an engine, on an app that no socket serves."""
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    await init_app_state(llm, app.state, arguments, await llm.get_supported_tasks())
+    chat_routes.attach_router(app)
+    completion_routes.attach_router(app)
+    init_exception_handler(app)
+    app.add_exception_handler(RequestValidationError, invalid_request)  # vLLM's own echoes the offending value
+    app.state.server = types.SimpleNamespace(should_exit=False)  # vLLM's handlers ask for it when an engine dies
+    return app
 
 
 def tokenizer_digest(version: Version) -> str | None:

@@ -54,7 +54,8 @@ class Fleet:
         self._settings = settings
         self._metrics = metrics
         self._on_sampled = on_sampled
-        self._failed: dict[int, float] = {}
+        self._failed: dict[int, tuple[float, str]] = {}
+        """When a version whose engine failed may be tried again (monotonic), and why it failed."""
         self._spare: int | None = None
         self._retiring: set[asyncio.Task[None]] = set()
 
@@ -160,15 +161,16 @@ class Fleet:
         """True when the version's engine is live, starting it if need be; a failure is kept as ``problem``."""
         if number in self.live:
             return True
-        if time.monotonic() < self._failed.get(number, 0.0):
-            self.problem = f"version {number} does not start; see the log"
+        retry_at, why = self._failed.get(number, (0.0, ""))
+        if time.monotonic() < retry_at:
+            self.problem = why
             return False
         try:
             version = await asyncio.to_thread(self._verified, number)
             self.live[number] = await Engine.start(version, self.model_id(number), self._settings, self._on_sampled)
         except (DeployError, EngineFailed) as error:
             self._metrics.engine_starts.labels("failed").inc()
-            self._failed[number] = time.monotonic() + _RETRY_SECONDS
+            self._failed[number] = time.monotonic() + _RETRY_SECONDS, str(error)
             self.problem = str(error)
             log.error("version does not start", extra={"policy_version": number, "why": str(error)})
             return False
