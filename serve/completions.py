@@ -1,10 +1,10 @@
 """``POST /v1/completions`` and ``/v1/chat/completions``, and the models they can name."""
 
-import json
 import secrets
 from typing import Any
 
 from fastapi import APIRouter, Request
+from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -115,8 +115,9 @@ async def _json_object(request: Request) -> dict[str, Any]:
     if not request.headers.get("content-type", "").lower().startswith("application/json"):
         raise HTTPException(415, "the body must be JSON, sent with content-type: application/json")
     try:
-        body = json.loads(await request.body())
-    except (ValueError, RecursionError) as error:
+        # Stricter than the standard library: NaN and half a surrogate pair are no JSON, and could not be recorded.
+        body = from_json(await request.body(), allow_inf_nan=False)
+    except ValueError as error:
         raise InvalidRequest("the body is not valid JSON") from error
     if not isinstance(body, dict):
         raise InvalidRequest("the body must be a JSON object")

@@ -2,7 +2,8 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic_core import PydanticSerializationError, to_json
 
 from feedback.records import MAX_CANDIDATES, Prompt, ranking_problem
 from serve.errors import InvalidRequest
@@ -32,6 +33,15 @@ class PromptBody(FeedbackBody):
 
     prompt: Text | None = None
     messages: Annotated[list[dict[str, JsonValue]], Field(min_length=1, max_length=256)] | None = None
+
+    @field_validator("messages")
+    @classmethod
+    def _can_be_recorded(cls, messages: list[dict[str, JsonValue]] | None) -> list[dict[str, JsonValue]] | None:
+        try:
+            to_json(messages)
+        except PydanticSerializationError as error:  # half a surrogate pair, which pydantic checks in plain fields only
+            raise ValueError("messages must be valid Unicode text") from error
+        return messages
 
     def asked(self) -> Prompt | None:
         """The prompt of the body, if it has one."""

@@ -46,6 +46,8 @@ def check_completion(body: dict[str, Any], settings: ServeSettings) -> None:
         if isinstance(stop, str) and len(stop) > settings.max_stop_chars:
             raise InvalidRequest(f"a stop string may have at most {settings.max_stop_chars} characters", "stop")
     _count(body, "logit_bias", body.get("logit_bias"), settings.max_logit_bias)
+    if body.get("store") not in (None, True, False):
+        raise InvalidRequest("store must be true, false or null", "store")
     _check_metadata(body, settings)
     _text_parts_only(body)
 

@@ -16,6 +16,12 @@ WRONG: dict[str, dict[str, Any]] = {
     "nothing": {},
     "plain text": {"content": b"hello", "headers": {"content-type": "text/plain"}},
     "deep nesting": {"content": b"[" * 100_000, "headers": JSON},
+    "half a surrogate pair": {"content": b'{"prompt": "\\ud800", "messages": ["\\ud800"]}', "headers": JSON},
+    "half a surrogate pair in a message": {
+        "content": b'{"messages": [{"role": "user", "content": "\\ud800"}], "completion": "\\ud800"}',
+        "headers": JSON,
+    },
+    "not a number": {"content": b'{"temperature": NaN, "prompt": "x"}', "headers": JSON},
     "not unicode": {"content": b'{"prompt": "\xff"}', "headers": JSON},
 }
 

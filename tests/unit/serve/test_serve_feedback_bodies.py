@@ -44,6 +44,9 @@ def test_preferred_judges_two() -> None:
         {"completion_id": "c", "preferred": 0, "duration_ms": -1},
         {"completion_id": "c", "preferred": 0, "metadata": {"k": "x" * 513}},
         {"completion_id": "c", "preferred": 0, "surprise": 1},
+        {"messages": [{"role": "user", "content": "\ud800"}], "completions": ["a", "b"], "preferred": 0},
+        {"prompt": "\ud800", "completions": ["a", "b"], "preferred": 0},
+        {"completion_id": "c", "preferred": 0, "metadata": {"k": "\ud800"}},
     ],
 )
 def test_a_body_names_candidates_and_judgement_in_one_way_each(body: dict[str, Any]) -> None:

@@ -50,6 +50,13 @@ def test_metadata_is_an_object_of_strings(metadata: Any) -> None:
         check_completion({"metadata": metadata}, SETTINGS)
 
 
+@pytest.mark.parametrize("store", ["abc", 2, {}])
+def test_store_is_a_boolean(store: Any) -> None:
+    check_completion({"store": None}, SETTINGS)
+    with pytest.raises(InvalidRequest, match="store"):
+        check_completion({"store": store}, SETTINGS)
+
+
 @pytest.mark.parametrize("part", [{"type": "image_url"}, {"type": "input_audio"}, {}, "text"])
 def test_messages_hold_text_only(part: Any) -> None:
     with pytest.raises(InvalidRequest, match="text parts"):
