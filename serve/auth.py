@@ -19,7 +19,8 @@ def _principal() -> str:
     return LOCAL_PRINCIPAL
 
 
-PrincipalDep = Annotated[str, Depends(_principal)]
+CompletionsPrincipal = Annotated[str, Depends(_principal)]
+FeedbackPrincipal = Annotated[str, Depends(_principal)]
 
 
 def require_loopback(host: str) -> None:

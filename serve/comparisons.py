@@ -16,7 +16,7 @@ from feedback.records import (
     StoredCompletion,
     new_id,
 )
-from serve.auth import PrincipalDep
+from serve.auth import FeedbackPrincipal
 from serve.errors import InvalidRequest, NotFound
 from serve.feedback_bodies import ComparisonBody, DemonstrationBody, FeedbackBody
 from serve.services import Services, ServicesDep
@@ -31,7 +31,7 @@ async def create_comparison(
     body: ComparisonBody,
     response: Response,
     services: ServicesDep,
-    principal: PrincipalDep,
+    principal: FeedbackPrincipal,
     idempotency_key: IdempotencyKey = None,
 ) -> dict[str, Any]:
     """Keep one labeler's ranking. 201 means it is fsynced; the same request again answers 200 with the first."""
@@ -57,7 +57,7 @@ async def create_comparison(
 
 
 @router.get("/comparisons/{comparison_id}")
-async def get_comparison(comparison_id: str, services: ServicesDep, principal: PrincipalDep) -> dict[str, Any]:
+async def get_comparison(comparison_id: str, services: ServicesDep, principal: FeedbackPrincipal) -> dict[str, Any]:
     """A comparison of this principal's."""
     record = await services.store.record(comparison_id)
     if not isinstance(record, Comparison) or record.principal != principal:
@@ -70,7 +70,7 @@ async def create_demonstration(
     body: DemonstrationBody,
     response: Response,
     services: ServicesDep,
-    principal: PrincipalDep,
+    principal: FeedbackPrincipal,
     idempotency_key: IdempotencyKey = None,
 ) -> dict[str, Any]:
     """Keep a completion that a labeler wrote; with ``completion_id`` it corrects that choice."""

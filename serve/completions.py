@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from feedback.records import Prompt
-from serve.auth import PrincipalDep
+from serve.auth import CompletionsPrincipal
 from serve.errors import InvalidRequest, ModelNotFound
 from serve.forwarding import EngineAnswer, completion_id
 from serve.limits import check_completion, prompts_of
@@ -55,7 +55,7 @@ def _models(services: Services) -> dict[str, dict[str, Any]]:
 
 
 @router.post("/chat/completions", operation_id="create_chat_completion")
-async def create_chat_completion(request: Request, services: ServicesDep, principal: PrincipalDep) -> Response:
+async def create_chat_completion(request: Request, services: ServicesDep, principal: CompletionsPrincipal) -> Response:
     """A chat completion by the released policy, as OpenAI's; streamed with ``stream: true``."""
     body = await _json_object(request)
     check_completion(body, services.settings)
@@ -67,7 +67,7 @@ async def create_chat_completion(request: Request, services: ServicesDep, princi
 
 
 @router.post("/completions", operation_id="create_completion")
-async def create_completion(request: Request, services: ServicesDep, principal: PrincipalDep) -> Response:
+async def create_completion(request: Request, services: ServicesDep, principal: CompletionsPrincipal) -> Response:
     """A text completion by the released policy, as OpenAI's; prompts are text or token ids, one or many."""
     body = await _json_object(request)
     check_completion(body, services.settings)

@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from pydantic import JsonValue
 
 from feedback.records import BlindTask, Candidate, Prompt, new_id
-from serve.auth import PrincipalDep
+from serve.auth import FeedbackPrincipal
 from serve.engine import Engine
 from serve.errors import InvalidRequest, NotFound, NotServing
 from serve.feedback_bodies import TaskBody
@@ -24,7 +24,7 @@ _SHUFFLE = random.SystemRandom()
 
 
 @router.post("/tasks", status_code=201)
-async def create_task(body: TaskBody, services: ServicesDep, principal: PrincipalDep) -> dict[str, Any]:
+async def create_task(body: TaskBody, services: ServicesDep, principal: FeedbackPrincipal) -> dict[str, Any]:
     """Sample k candidates, as evenly as k allows from the live arms, and show them without their versions."""
     if body.prompt is not None and body.messages is not None:
         raise InvalidRequest("give at most one of prompt and messages", "prompt")
