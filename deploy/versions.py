@@ -94,6 +94,17 @@ class Version:
         """What it is a version of."""
         return self.manifest.kind
 
+    @property
+    def tokenizer_digest(self) -> str | None:
+        """sha256 of ``tokenizer.json``, None for a version without one."""
+        file = self.manifest.files.get("tokenizer.json")
+        return file.sha256 if file is not None else None
+
+    def digests_but_weights(self) -> dict[str, str]:
+        """sha256 of each file but the weights: versions equal in these can be exchanged in a running engine."""
+        weights = (".safetensors", ".safetensors.index.json")
+        return {name: file.sha256 for name, file in self.manifest.files.items() if not name.endswith(weights)}
+
     def __str__(self) -> str:
         return f"{self.kind} version {self.number}"
 

@@ -1,4 +1,4 @@
-"""Look at the feedback that was given, and take it out: ``python -m feedback stats|export``."""
+"""Look at the feedback that was given, take it out, and manage keys: ``python -m feedback stats|export|keys``."""
 
 import asyncio
 import json
@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from feedback import key_commands
 from feedback.embedded import connect_url
 from feedback.errors import FeedbackError
 from feedback.export import Format, rows
@@ -24,6 +25,7 @@ from feedback.store import FeedbackStore, LogEntry
 Result = TypeVar("Result")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+app.add_typer(key_commands.app, name="keys")
 State = Annotated[Path | None, typer.Option(help="State directory; default: the settings', else ./state.")]
 RedisUrl = Annotated[str | None, typer.Option(help="A Redis of your own instead of the state directory's.")]
 

@@ -19,3 +19,11 @@ class StoreUnavailable(FeedbackError):
 
 class EmbeddedRedisError(FeedbackError):
     """The embedded redis-server could not be started or joined."""
+
+
+class KeyRefused(FeedbackError):
+    """An API key cannot be made as asked. Nothing was made."""
+
+
+class KeyNotFound(FeedbackError):
+    """No single API key has that id."""

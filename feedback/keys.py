@@ -11,16 +11,23 @@
 | ``gen:by:<principal>`` | zset of completion ids by time: those with ``store: true`` | as its members |
 | ``task:<task id>`` | string: packed BlindTask | ``task_ttl_seconds`` |
 | ``pool:prompts`` | zset of completion ids by time: prompts for labelers | trimmed to ``pool_prompts`` members |
+| ``auth:key:<sha256>`` | hash, the fields of ApiKey: never the key itself | for ever, revoked or not |
+| ``auth:keys`` | set: the sha256 of every key ever made | for ever |
+| ``rl:<principal>:requests:<minute>`` | int: requests admitted in that minute of unix time | ``RATE_TTL_SECONDS`` |
+| ``rl:<principal>:tokens:<minute>`` | int: tokens sampled in it | ``RATE_TTL_SECONDS`` |
 
 The keys ``rel:*`` and ``train:*`` belong to ``deploy.registry``.
 """
 
 import hashlib
+from typing import Literal
 
+API_KEYS = "auth:keys"
 LOG = "fb:log"
 POOL = "pool:prompts"
 PROBE = "fb:probe"
 PROBE_TTL_SECONDS = 60
+RATE_TTL_SECONDS = 120
 
 
 def stream_id(record_id: str) -> str:
@@ -52,6 +59,16 @@ def completions_of(principal: str) -> str:
 def task(task_id: str) -> str:
     """A blind task."""
     return f"task:{task_id}"
+
+
+def api_key(sha256: str) -> str:
+    """An API key, by the digest of its text."""
+    return f"auth:key:{sha256}"
+
+
+def rate(principal: str, kind: Literal["requests", "tokens"], minute: int) -> str:
+    """What a principal has used in one minute."""
+    return f"rl:{principal}:{kind}:{minute}"
 
 
 def _sha256(*parts: str) -> str:

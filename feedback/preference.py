@@ -1,32 +1,96 @@
-"""Which version people prefer, from blind comparisons."""
+"""Which version people prefer, from blind comparisons: two versions by win rate, many by Bradley–Terry.
 
+A tie is half a win for each side. Two things make plain intervals too narrow, and are allowed for here: the
+pairs of one ranking are not independent, so a comparison counts once whatever its K; nor are the comparisons
+of one prompt, so there are intervals over prompts. ``ScoreGroups`` is the same model over candidates, for
+``feedback.labelers``.
+"""
+
+import itertools
 import math
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import minimize
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.special import expit, log_expit, ndtr
+
 from feedback.records import Comparison
+
+PROBIT = 1.702
+"""σ(x) ≈ Φ(x / 1.702), within 0.0095: the mean of Φ over a Gaussian has a closed form."""
+
+Z95 = 1.959963984540054
+"""Standard normal quantile of a two-sided 95 % interval."""
+
+Floats = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and its 95 % interval; ``n`` is how many independent observations it rests on."""
+
+    value: float
+    low: float
+    high: float
+    n: float
+
+    @classmethod
+    def share(cls, wins: float, n: float) -> Self | None:
+        """``wins`` of ``n`` with the Wilson interval; None where n is 0."""
+        return cls(wins / n, *wilson(wins, n, Z95), n) if n else None
 
 
 @dataclass(frozen=True)
 class Preference:
-    """How often one version was preferred to another in blind comparisons."""
+    """How often one version was preferred to another in blind comparisons.
+
+    Attributes:
+        wins: comparisons the version won; of K > 2 candidates, on the balance of its pairs.
+        losses: comparisons it lost.
+        ties: comparisons without a winner.
+        win_rate: mean outcome with a tie as half, Wilson interval over comparisons; None without comparisons.
+        win_rate_by_prompt: the same mean, with the percentile interval of a bootstrap over prompts.
+    """
 
     wins: int
     losses: int
     ties: int
+    win_rate: Estimate | None
+    win_rate_by_prompt: Estimate | None
 
-    @classmethod
-    def count(cls, outcomes: Iterable[float]) -> Self:
-        """Count outcomes as ``preferences`` gives them: above zero a win, below a loss, zero a tie."""
-        signs = [(outcome > 0) - (outcome < 0) for outcome in outcomes]
-        return cls(wins=signs.count(1), losses=signs.count(-1), ties=signs.count(0))
 
-    @property
-    def win_rate(self) -> float:
-        """Share of wins with a tie as half a win; NaN without comparisons."""
-        total = self.wins + self.losses + self.ties
-        return (self.wins + self.ties / 2) / total if total else math.nan
+@dataclass(frozen=True)
+class Strength:
+    """One version's Bradley–Terry strength.
+
+    Attributes:
+        version: the policy version.
+        baseline: the version whose strength is 0. Strengths compare within one baseline only: between versions
+            of different baselines nobody ever judged, or one side was never preferred, so no finite figure fits.
+        log_odds: logit of the probability of being preferred to the baseline; ``n`` is the version's comparisons.
+    """
+
+    version: int
+    baseline: int
+    log_odds: Estimate
+
+
+@dataclass(frozen=True)
+class _Games:
+    """Pairs of versions that met in a comparison: [G] each, ``score`` 1 where ``first`` won, 0 where it lost."""
+
+    versions: tuple[int, ...]
+    first: Indices
+    second: Indices
+    score: Floats
+    prompt: Indices
 
 
 def preferences(comparisons: Iterable[Comparison], a: int, b: int) -> list[float]:
@@ -38,26 +102,75 @@ def preferences(comparisons: Iterable[Comparison], a: int, b: int) -> list[float
         One number in [-1, 1] per comparison, in order: the mean over its (a, b) pairs of +1 where a's candidate
         is ranked above b's, -1 where below, 0 where tied. With K = 2 that is +1, -1 or 0.
     """
+    return [outcome for _, outcome in _outcomes(comparisons, a, b)]
+
+
+def compare(comparisons: Iterable[Comparison], a: int, b: int, *, resamples: int = 2000, seed: int = 0) -> Preference:
+    """How version ``a`` fares against version ``b`` in blind comparisons.
+
+    Args:
+        comparisons: those in force; only blind ones with candidates of both versions count.
+        a: the version asked about.
+        b: the version it is held against.
+        resamples: bootstrap samples of prompts.
+        seed: of the bootstrap.
+    """
+    sums: defaultdict[str, float] = defaultdict(float)
+    counts: Counter[str] = Counter()
     outcomes = []
-    for comparison in comparisons:
-        if comparison.source != "task":
-            continue
-        place = {index: rank for rank, group in enumerate(comparison.ranking) for index in group}
-        ranks: dict[int | None, list[int]] = {}
-        for index, candidate in enumerate(comparison.candidates):
-            ranks.setdefault(candidate.policy_version, []).append(place[index])
-        signs = [(rank_b > rank_a) - (rank_b < rank_a) for rank_a in ranks.get(a, []) for rank_b in ranks.get(b, [])]
-        if signs:
-            outcomes.append(sum(signs) / len(signs))
-    return outcomes
+    for comparison, outcome in _outcomes(comparisons, a, b):
+        outcomes.append(outcome)
+        prompt = comparison.prompt.key()
+        sums[prompt] += (1 + outcome) / 2
+        counts[prompt] += 1
+    signs = Counter((outcome > 0) - (outcome < 0) for outcome in outcomes)
+    rate = Estimate.share(math.fsum(sums.values()), len(outcomes))
+    by_prompt = None
+    if rate:
+        low, high = _bootstrap(list(sums.values()), list(counts.values()), resamples, seed)
+        by_prompt = Estimate(rate.value, low, high, len(sums))
+    return Preference(signs[1], signs[-1], signs[0], rate, by_prompt)
 
 
-def wilson(wins: float, n: int, z: float = 1.96) -> tuple[float, float]:
+def bradley_terry(comparisons: Iterable[Comparison]) -> list[Strength]:
+    """Strength of every version that met another in a blind comparison, by version.
+
+    Maximum likelihood of P(a preferred to b) = σ(strength of a − strength of b), a tie as half a win (Bradley and
+    Terry 1952, Biometrika 39:324). It exists exactly among versions that reach one another by chains of "was
+    preferred at least once" (Ford 1957, Am. Math. Monthly 64:28); each such group is fitted by itself, which is
+    also the limit of the joint fit, and its lowest-numbered version is the baseline. Intervals: normal, with the
+    larger of the model's variance and the one clustered by prompt.
+    """
+    games = _games(comparisons)
+    if not games.versions:
+        return []
+    size = len(games.versions)
+    wins = coo_array(
+        (
+            np.concatenate([games.score, 1 - games.score]),
+            (np.concatenate([games.first, games.second]), np.concatenate([games.second, games.first])),
+        ),
+        shape=(size, size),
+    ).tocsr()
+    wins.eliminate_zeros()  # a stored zero would be an edge
+    _, group_of = connected_components(wins, directed=True, connection="strong")
+    met = np.bincount(np.concatenate([games.first, games.second]), minlength=size)
+    strengths = []
+    for group in np.unique(group_of):
+        members = np.flatnonzero(group_of == group)
+        values, errors = _fit(games, members)
+        for member, value, error in zip(members, values, errors, strict=True):
+            log_odds = Estimate(float(value), float(value - Z95 * error), float(value + Z95 * error), int(met[member]))
+            strengths.append(Strength(games.versions[member], games.versions[members[0]], log_odds))
+    return sorted(strengths, key=lambda strength: strength.version)
+
+
+def wilson(wins: float, n: float, z: float = 1.96) -> tuple[float, float]:
     """Score interval of a proportion ``wins / n`` (Wilson 1927, JASA 22:209); (0, 1) where n is 0.
 
     Args:
         wins: successes, 0 to n; half a win for a tie is allowed.
-        n: trials.
+        n: trials; an effective number where they are not independent.
         z: standard normal quantile; 1.96 for 95 %.
     """
     if not 0 <= wins <= n:
@@ -68,3 +181,216 @@ def wilson(wins: float, n: int, z: float = 1.96) -> tuple[float, float]:
     middle = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+class ScoreGroups:
+    """Gaussian belief in the Bradley–Terry scores of candidates, for all groups of one size that judgements join.
+
+    Each of R judgements (rows) is stood in for by a Gaussian of the gap s_first − s_second, given by ``say``; each
+    score has a Gaussian prior, its virtual opponent. A *voice* is one labeler in one group.
+
+    Attributes:
+        rows: which judgements are of these groups, [R].
+        members: the groups' candidates, [groups, size].
+    """
+
+    def __init__(
+        self, rows: Indices, members: Indices, group: Indices, first: Indices, second: Indices, labeler: Indices
+    ) -> None:
+        """``group``, the places ``first`` and ``second`` in it and ``labeler`` are the rows', [R]."""
+        self.rows, self.members = rows, members
+        self._group, self._first, self._second = group, first, second
+        voices, self._voice = np.unique(np.stack([group, labeler]), axis=1, return_inverse=True)
+        self._group_of_voice = voices[0]
+        self._precision, self._pull = np.zeros(len(rows)), np.zeros(len(rows))
+
+    def say(self, precision: Floats, pull: Floats, damping: float) -> None:
+        """Move the rows' Gaussians by the share ``damping`` to these precisions and precisions × means, [R]."""
+        self._precision += damping * (precision - self._precision)
+        self._pull += damping * (pull - self._pull)
+
+    def believe(self, prior: Floats, variance: float) -> tuple[Floats, Floats, float]:
+        """What rows and prior (``prior`` the mean of every candidate's, ``variance`` of all) say.
+
+        Returns:
+            Mean and variance of each row's gap, [R], from everything but its own labeler's rows; and the expected
+            sum of squared distances of these groups' scores from their prior means, from everything.
+        """
+        prior = prior[self.members]
+        precision, pull = self._sum(self._group, len(self.members))
+        covariance, score = self._solve(precision, pull, prior, variance)
+        off = float(((score - prior) ** 2).sum() + np.trace(covariance, axis1=1, axis2=2).sum())
+        group, own = self._group_of_voice, self._sum(self._voice, len(self._group_of_voice))
+        covariance, score = self._solve(precision[group] - own[0], pull[group] - own[1], prior[group], variance)
+        v, a, b = self._voice, self._first, self._second
+        doubt = covariance[v, a, a] + covariance[v, b, b] - 2 * covariance[v, a, b]
+        return score[v, a] - score[v, b], doubt, off
+
+    def _sum(self, block: Indices, blocks: int) -> tuple[Floats, Floats]:
+        """Precision [blocks, size, size] and pull [blocks, size] of the rows of each block."""
+        size, a, b = self.members.shape[1], self._first, self._second
+        cells = [(block * size + x) * size + y for x, y in ((a, a), (b, b), (a, b), (b, a))]
+        values = [self._precision, self._precision, -self._precision, -self._precision]
+        precision = _sums(np.concatenate(cells), np.concatenate(values), blocks * size * size)
+        pull = _sums(block * size + a, self._pull, blocks * size) - _sums(block * size + b, self._pull, blocks * size)
+        return precision.reshape(-1, size, size), pull.reshape(-1, size)
+
+    @staticmethod
+    def _solve(precision: Floats, pull: Floats, prior: Floats, variance: float) -> tuple[Floats, Floats]:
+        covariance = np.linalg.inv(precision + np.eye(pull.shape[1]) / variance).astype(np.float64, copy=False)
+        return covariance, np.einsum("nij,nj->ni", covariance, pull + prior / variance)
+
+
+def score_groups(first: Indices, second: Indices, labeler: Indices, candidates: int) -> list[ScoreGroups]:
+    """The groups that judgements join ``candidates`` into, one ``ScoreGroups`` for each size of group.
+
+    Args:
+        first: one candidate of each judgement, [R].
+        second: the other, [R].
+        labeler: who judged, [R].
+        candidates: how many there are.
+    """
+    edges = coo_array((np.ones(len(first)), (first, second)), shape=(candidates, candidates))
+    _, group = connected_components(edges, directed=False)
+    size = np.bincount(group, minlength=1)[group]
+    in_order = np.argsort(group, kind="stable")
+    place = np.zeros(candidates, dtype=np.intp)
+    found = []
+    for each in np.unique(size[first]):
+        members = in_order[size[in_order] == each].reshape(-1, each)
+        place[members] = np.arange(each)
+        rows = np.flatnonzero(size[first] == each)
+        a, b = first[rows], second[rows]
+        number = np.searchsorted(group[members[:, 0]], group[a])
+        found.append(ScoreGroups(rows, members, number, place[a], place[b], labeler[rows]))
+    return found
+
+
+def first_preferred(mean: Floats, variance: Floats) -> Floats:
+    """Probability that the first of two candidates is preferred whose gap is Gaussian: E[Φ(gap / 1.702)], [R]."""
+    preferred: Floats = ndtr(mean / np.sqrt(PROBIT**2 + variance))
+    return preferred
+
+
+def as_gaussian(answer: Indices, weight: Floats, rho: Floats, mean: Floats, variance: Floats) -> tuple[Floats, Floats]:
+    """The Gaussian of the gap that stands in for a judgement in expectation propagation (Minka 2001, §3.2).
+
+    The judgement's likelihood is (1 ± ρ (2Φ(gap / 1.702) − 1)) / 2, a tie half of each, to the power ``weight``. Its
+    Gaussian moves mean and variance of the gap to where the likelihood does.
+
+    Args:
+        answer: 1 the first was preferred, −1 the second, 0 a tie, [R].
+        weight: of the judgement, [R].
+        rho: 2η − 1 of its labeler, [R].
+        mean: of the gap from everything else, [R].
+        variance: likewise.
+
+    Returns:
+        Precision, at least 0, and precision × mean, [R].
+    """
+    width = np.sqrt(PROBIT**2 + variance)
+    z = mean / width
+    lean = 2 * first_preferred(mean, variance) - 1
+    density = 2 * rho * np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) / width
+    up, down = density / (1 + rho * lean), -density / (1 - rho * lean)
+    yes, no = weight * (1 + answer) / 2, weight * (1 - answer) / 2
+    slope = yes * up + no * down
+    curvature = yes * up * (up + z / width) + no * down * (down + z / width)
+    # A negative precision (an answer against all odds) could leave the whole improper.
+    precision = np.maximum(curvature / np.maximum(1 - variance * curvature, 1e-6), 0)
+    return precision, mean * precision + slope * (1 + variance * precision)
+
+
+def _sums(cell: Indices, values: Floats, cells: int) -> Floats:
+    return np.bincount(cell, values, cells).astype(np.float64, copy=False)
+
+
+def _outcomes(comparisons: Iterable[Comparison], a: int, b: int) -> Iterator[tuple[Comparison, float]]:
+    """The blind comparisons with candidates of both versions, each with its outcome for ``a``."""
+    for comparison in comparisons:
+        ranks = _ranks(comparison)
+        if a in ranks and b in ranks:
+            yield comparison, _outcome(ranks[a], ranks[b])
+
+
+def _ranks(comparison: Comparison) -> dict[int, list[int]]:
+    """Places in the ranking, 0 the best, of each version's candidates; empty where the comparison was not blind."""
+    ranks: dict[int, list[int]] = {}
+    if comparison.source == "task":
+        for place, group in enumerate(comparison.ranking):
+            for index in group:
+                if (version := comparison.candidates[index].policy_version) is not None:
+                    ranks.setdefault(version, []).append(place)
+    return ranks
+
+
+def _outcome(places: list[int], others: list[int]) -> float:
+    signs = [(other > place) - (other < place) for place in places for other in others]
+    return sum(signs) / len(signs)
+
+
+def _bootstrap(sums: list[float], counts: list[int], resamples: int, seed: int) -> tuple[float, float]:
+    """95 % percentile interval of Σ sums / Σ counts over resampled prompts (Efron 1979); [P] each."""
+    rng = np.random.default_rng(seed)
+    per_prompt = np.array([sums, counts])
+    rates = np.empty(resamples)
+    for sample in range(resamples):
+        total, count = per_prompt[:, rng.integers(len(sums), size=len(sums))].sum(axis=1)
+        rates[sample] = total / count
+    low, high = np.quantile(rates, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _games(comparisons: Iterable[Comparison]) -> _Games:
+    met: list[tuple[int, int, float, str]] = []
+    for comparison in comparisons:
+        ranks = _ranks(comparison)
+        if len(ranks) < 2:
+            continue
+        prompt = comparison.prompt.key()
+        for a, b in itertools.combinations(ranks, 2):
+            met.append((a, b, (1 + _outcome(ranks[a], ranks[b])) / 2, prompt))
+    versions, places = np.unique([game[:2] for game in met], return_inverse=True)
+    pairs = places.reshape(-1, 2)
+    _, prompts = np.unique([game[3] for game in met], return_inverse=True)
+    score = np.array([game[2] for game in met])
+    return _Games(tuple(versions.astype(int).tolist()), pairs[:, 0], pairs[:, 1], score, prompts)
+
+
+def _fit(games: _Games, members: Indices) -> tuple[Floats, Floats]:
+    """Strengths [M] of a group and their standard errors [M], relative to its first member."""
+    size = len(members)
+    if size == 1:
+        return np.zeros(1), np.zeros(1)
+    inside = np.isin(games.first, members) & np.isin(games.second, members)
+    rows = np.arange(inside.sum())
+    design = np.zeros((len(rows), size))
+    design[rows, np.searchsorted(members, games.first[inside])] = 1
+    design[rows, np.searchsorted(members, games.second[inside])] = -1
+    design = design[:, 1:]
+    score, prompt = games.score[inside], games.prompt[inside]
+
+    def loss(strengths: Floats) -> float:
+        lead = design @ strengths
+        return float(-(score @ log_expit(lead) + (1 - score) @ log_expit(-lead)) / len(rows))
+
+    def gradient(strengths: Floats) -> Floats:
+        slope: Floats = design.T @ (expit(design @ strengths) - score) / len(rows)
+        return slope
+
+    def information(strengths: Floats) -> Floats:
+        rate = expit(design @ strengths)
+        curvature: Floats = design.T @ (design * (rate * (1 - rate))[:, None]) / len(rows)
+        return curvature
+
+    start, precise = np.zeros(size - 1), {"gtol": 1e-8}
+    found = minimize(loss, start, method="trust-exact", jac=gradient, hess=information, options=precise)
+    variance = np.linalg.inv(information(found.x) * len(rows))
+    _, cluster = np.unique(prompt, return_inverse=True)
+    prompts = int(cluster.max()) + 1
+    if prompts == 1:
+        return np.append(0.0, found.x), np.append(0.0, np.full(size - 1, math.inf))
+    slopes = np.zeros((prompts, size - 1))
+    np.add.at(slopes, cluster, design * (score - expit(design @ found.x))[:, None])
+    clustered = variance @ (slopes.T @ slopes) @ variance * prompts / (prompts - 1)
+    return np.append(0.0, found.x), np.append(0.0, np.sqrt(np.maximum(np.diag(variance), np.diag(clustered))))

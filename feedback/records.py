@@ -1,8 +1,8 @@
 """The records the loop learns from: completions that were served, and what people said of them.
 
 Records are frozen and carry everything training needs (text, token ids, tokenizer digest), so a
-completion's expiry loses no comparison. ``Comparison`` and ``Demonstration`` are log records: they
-are appended to ``fb:log`` once and never change. The JSON form of a record is what is digested and
+completion's expiry loses no comparison. ``Comparison``, ``Demonstration``, ``Rating`` and ``Erasure`` are log
+records: they are appended to ``fb:log`` once and never change. The JSON form of a record is what is digested and
 stored; ``encode`` and ``decode`` are the only way in and out of it.
 """
 
@@ -32,6 +32,9 @@ class Prompt(_Frozen):
     messages: tuple[dict[str, JsonValue], ...] | None = None
     token_ids: tuple[int, ...] | None = None
     tokenizer: str | None = Field(None, description="sha256 of the tokenizer.json that made token_ids")
+    asked_by: str | None = Field(
+        None, description="the principal who asked it, where it was shown to another: their erasure takes it along"
+    )
 
     @model_validator(mode="after")
     def _has_content(self) -> Self:
@@ -66,6 +69,12 @@ class Choice(_Frozen):
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...] = Field(description="natural log-probability of each sampled token")
     finish_reason: str | None
+    message: dict[str, JsonValue] | None = Field(
+        None, description="the assistant message as served where it is more than its text: tool calls, refusal"
+    )
+    version_spans: tuple[tuple[int, int, int], ...] = Field(
+        (), description="(version, first token, end) where weights were exchanged under way; else empty"
+    )
 
 
 class StoredCompletion(_Frozen):
@@ -91,7 +100,7 @@ class StoredCompletion(_Frozen):
                 return Candidate(
                     completion_id=self.id,
                     index=index,
-                    policy_version=self.policy_version,
+                    policy_version=None if choice.version_spans else self.policy_version,
                     text=choice.text,
                     token_ids=choice.token_ids,
                     finish_reason=choice.finish_reason,
@@ -136,16 +145,19 @@ class BlindTask(_Frozen):
     candidates: tuple[Candidate, ...]
 
 
-class _LogRecord(_Frozen):
+class _Entry(_Frozen):
     id: str
     created: float = Field(description="unix seconds, the server's clock; order is by stream id, not by this")
     principal: str
+
+
+class _Judgement(_Entry):
     labeler: str
     prompt: Prompt
     metadata: dict[str, str] = Field(default_factory=dict)
 
 
-class Comparison(_LogRecord):
+class Comparison(_Judgement):
     """One labeler's ranking of K completions of one prompt."""
 
     kind: Literal["comparison"] = "comparison"
@@ -172,14 +184,11 @@ class Comparison(_LogRecord):
 
     def candidates_key(self) -> str:
         """A digest of who judged which candidates: a later comparison with the same key replaces this one."""
-        judged = sorted(
-            f"{c.completion_id}#{c.index}" if c.completion_id else hashlib.sha256(c.text.encode()).hexdigest()
-            for c in self.candidates
-        )
+        judged = sorted(map(_identity, self.candidates))
         return hashlib.sha256("\n".join([self.labeler, self.prompt.key(), *judged]).encode()).hexdigest()
 
 
-class Demonstration(_LogRecord):
+class Demonstration(_Judgement):
     """A completion written by a labeler; ``corrects`` names the sampled one it improves on, if any."""
 
     kind: Literal["demonstration"] = "demonstration"
@@ -187,8 +196,77 @@ class Demonstration(_LogRecord):
     corrects: Candidate | None = None
 
 
-LogRecord = Annotated[Comparison | Demonstration, Field(discriminator="kind")]
-_LOG_RECORD: TypeAdapter[Comparison | Demonstration] = TypeAdapter(LogRecord)
+RatingFlag = Literal[
+    "fails_instruction",
+    "inappropriate_for_assistant",
+    "hallucination",
+    "satisfies_constraint",
+    "sexual_content",
+    "violent_content",
+    "encourages_harm",
+    "denigrates_protected_class",
+    "harmful_advice",
+    "expresses_opinion",
+    "expresses_moral_judgement",
+]
+"""What a labeler says of one completion beside its quality (InstructGPT Table 3)."""
+
+
+class Rating(_Judgement):
+    """One labeler's judgement of one completion by itself: on the paper's scale, or a thumb."""
+
+    kind: Literal["rating"] = "rating"
+    candidate: Candidate
+    overall: int | None = Field(None, ge=1, le=7, description="overall quality, Likert (InstructGPT Table 3)")
+    thumb: Literal["up", "down"] | None = None
+    flags: dict[RatingFlag, bool] = Field(default_factory=dict, description="those that were judged")
+    comment: str | None = None
+
+    @model_validator(mode="after")
+    def _is_one_judgement(self) -> Self:
+        if (self.overall is None) == (self.thumb is None):
+            raise ValueError("a rating is exactly one of overall and thumb")
+        if self.thumb is not None and self.flags:
+            raise ValueError("flags go with overall")
+        return self
+
+    def choice_key(self) -> str:
+        """A digest of who rated which completion: a later rating with the same key replaces this one."""
+        rated = ["rating", self.labeler, self.prompt.key(), _identity(self.candidate)]
+        return hashlib.sha256("\n".join(rated).encode()).hexdigest()
+
+
+class Erasure(_Entry):
+    """Says that nothing a principal gave before this record may be used any more.
+
+    It is appended before anything is deleted, so that a reader of the log knows it however far the deletion has come.
+    ``principal`` is who asked for it.
+    """
+
+    kind: Literal["erasure"] = "erasure"
+    erased: str = Field(pattern=r"^[0-9a-f]{64}$", description="sha256 of the erased principal's name")
+
+    def covers(self, record: "LogRecord") -> bool:
+        """True where ``record``, which must stand before this one in the log, is to be forgotten."""
+        if isinstance(record, Erasure):
+            return False
+        return self.erased in {name_digest(name) for name in (record.principal, record.prompt.asked_by) if name}
+
+
+LogRecord = Comparison | Demonstration | Rating | Erasure
+"""What the log holds."""
+_LOG_RECORD: TypeAdapter[LogRecord] = TypeAdapter(Annotated[LogRecord, Field(discriminator="kind")])
+
+
+def name_digest(principal: str) -> str:
+    """What an erasure calls a principal: sha256 of the name, so that the log does not keep the name for ever."""
+    return hashlib.sha256(principal.encode()).hexdigest()
+
+
+def _identity(candidate: Candidate) -> str:
+    if candidate.completion_id:
+        return f"{candidate.completion_id}#{candidate.index}"
+    return hashlib.sha256(candidate.text.encode()).hexdigest()
 
 
 def ranking_problem(ranking: tuple[tuple[int, ...], ...], candidates: int) -> str | None:
@@ -210,13 +288,13 @@ def new_id(prefix: str) -> str:
     return f"{prefix}{secrets.token_hex(16)}"
 
 
-def encode(record: Comparison | Demonstration) -> tuple[bytes, str]:
+def encode(record: LogRecord) -> tuple[bytes, str]:
     """A log record as JSON, and the sha256 of that JSON."""
     body = record.model_dump_json().encode()
     return body, hashlib.sha256(body).hexdigest()
 
 
-def decode(body: bytes, sha256: str) -> Comparison | Demonstration:
+def decode(body: bytes, sha256: str) -> LogRecord:
     """The record that ``encode`` wrote. Raises CorruptRecord where the digest or the schema does not match."""
     if hashlib.sha256(body).hexdigest() != sha256:
         raise CorruptRecord("the record's bytes do not match its sha256")
@@ -226,7 +304,7 @@ def decode(body: bytes, sha256: str) -> Comparison | Demonstration:
         raise CorruptRecord(f"the record does not fit its schema: {error.error_count()} errors") from error
 
 
-def content_digest(record: Comparison | Demonstration) -> str:
+def content_digest(record: LogRecord) -> str:
     """sha256 of what a record says, apart from its own id and time: equal for the same thing said twice."""
     return hashlib.sha256(record.model_dump_json(exclude={"id", "created"}).encode()).hexdigest()
 

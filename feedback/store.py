@@ -5,38 +5,24 @@ The log ``fb:log`` is the source of truth. A record counts as stored once ``appe
 got StoreUnavailable appends the same again, and idempotency makes one record of both.
 """
 
-import asyncio
 import hashlib
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
-from urllib.parse import urlsplit
+from typing import Any
 
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError
+from redis.asyncio import Redis
+from redis.exceptions import NoScriptError
 
 from feedback import keys
 from feedback.batcher import Batcher
+from feedback.completion_store import CompletionStore
 from feedback.errors import CorruptRecord, IdempotencyKeyReuse, StoreUnavailable
-from feedback.records import (
-    BlindTask,
-    Comparison,
-    Demonstration,
-    PooledPrompt,
-    StoredCompletion,
-    content_digest,
-    decode,
-    encode,
-    pack,
-    unpack,
-)
-from feedback.settings import FeedbackSettings, SettingsError
+from feedback.records import Comparison, Demonstration, content_digest, decode, encode
+from feedback.settings import FeedbackSettings
 
 DURABLE = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
 """The live configuration without which an acknowledged record may be lost."""
@@ -72,38 +58,20 @@ class _Append:
     script_arguments: tuple[str | bytes | int, ...]
 
 
-class FeedbackStore:
-    """Feedback in Redis. Make one per process with ``connect``; every method may raise StoreUnavailable."""
+class FeedbackStore(CompletionStore):
+    """Feedback in Redis: the log, and the completions it judges.
+
+    Make one per process with ``connect``; every method may raise StoreUnavailable.
+    """
 
     def __init__(self, client: Redis, settings: FeedbackSettings, where: str) -> None:
-        self._redis = client
-        self._settings = settings
-        self._where = where
+        super().__init__(client, settings, where)
         self._quarantined: set[str] = set()
         self._appends: Batcher[_Append, tuple[str, str]] = Batcher(
             self._send_appends,
             max_wait_seconds=QUEUE_SHARE * settings.socket_timeout_seconds,
             too_late=lambda: StoreUnavailable("more feedback arrives than Redis can take; this record was not stored"),
         )
-
-    @classmethod
-    def connect(cls, url: str, settings: FeedbackSettings) -> Self:
-        """A store on the Redis at ``url`` (unix://, redis:// or rediss://); connects when first used."""
-        seconds = settings.socket_timeout_seconds
-        try:
-            pool = BlockingConnectionPool.from_url(
-                url,
-                max_connections=settings.max_connections,
-                timeout=seconds,
-                socket_timeout=seconds,
-                socket_connect_timeout=seconds,
-                retry=Retry(NoBackoff(), 0),
-                protocol=2,
-            )
-        except ValueError as error:
-            raise SettingsError(f"settings: redis_url: {error}") from error
-        parts = urlsplit(url)
-        return cls(Redis.from_pool(pool), settings, f"{parts.scheme}://{parts.hostname or ''}{parts.path}")
 
     @property
     def quarantined(self) -> int:
@@ -187,68 +155,6 @@ class FeedbackStore:
             newest: _Reply = await self._redis.xrevrange(keys.LOG, count=1)
         return newest[0][0].decode() if newest else "0-0"
 
-    async def keep(self, completions: Sequence[StoredCompletion]) -> None:
-        """Keep served completions so that feedback can name them; those with ``store: false`` are not kept."""
-        wanted = [completion for completion in completions if completion.store is not False]
-        if not wanted:
-            return
-        async with self._answering(), self._redis.pipeline(transaction=False) as pipe:
-            for completion in wanted:
-                key, packed = keys.completion(completion.id), pack(completion)
-                if completion.store:
-                    pipe.set(key, packed)
-                    pipe.zadd(keys.completions_of(completion.principal), {completion.id: completion.created})
-                else:
-                    pipe.set(key, packed, ex=self._settings.completion_ttl_seconds)
-            pipe.zadd(keys.POOL, {completion.id: completion.created for completion in wanted})
-            pipe.zremrangebyrank(keys.POOL, 0, -self._settings.pool_prompts - 1)
-            await pipe.execute()
-
-    async def completion(self, completion_id: str) -> StoredCompletion | None:
-        """A kept completion, or None. Raises CorruptRecord where it is damaged."""
-        async with self._answering():
-            packed: _Reply = await self._redis.get(keys.completion(completion_id))
-        return None if packed is None else unpack(StoredCompletion, packed)
-
-    async def pool_prompts(self, count: int) -> list[PooledPrompt]:
-        """At most ``count`` different prompts of kept completions, newest first, with who asked them last."""
-        found: dict[str, PooledPrompt] = {}
-        start = 0
-        while len(found) < count:
-            async with self._answering():
-                ids: _Reply = await self._redis.zrevrange(keys.POOL, start, start + count - 1)
-                packed: _Reply = await self._redis.mget([keys.completion(i.decode()) for i in ids]) if ids else []
-            if not ids:
-                break
-            gone = []
-            for completion_id, kept in zip(ids, packed, strict=True):
-                try:
-                    completion = unpack(StoredCompletion, kept) if kept is not None else None
-                except CorruptRecord as error:
-                    _log.error("%s leaves the prompt pool: %s", completion_id.decode(), error)
-                    completion = None
-                if completion is None:
-                    gone.append(completion_id)
-                    continue
-                for prompt in completion.prompts:
-                    found.setdefault(prompt.key(), PooledPrompt(principal=completion.principal, prompt=prompt))
-            if gone:
-                async with self._answering():
-                    await self._redis.zrem(keys.POOL, *gone)
-            start += len(ids) - len(gone)
-        return list(found.values())[:count]
-
-    async def keep_task(self, task: BlindTask) -> None:
-        """Keep a blind task until its labeler's comparison can no longer be in time."""
-        async with self._answering():
-            await self._redis.set(keys.task(task.id), pack(task), ex=self._settings.task_ttl_seconds)
-
-    async def task(self, task_id: str) -> BlindTask | None:
-        """A blind task, or None. Raises CorruptRecord where it is damaged."""
-        async with self._answering():
-            packed: _Reply = await self._redis.get(keys.task(task_id))
-        return None if packed is None else unpack(BlindTask, packed)
-
     async def durability_problems(self) -> list[str]:
         """Why a record acknowledged now might be lost, a sentence each; empty where it would not be."""
         problems = []
@@ -266,7 +172,7 @@ class FeedbackStore:
     async def close(self) -> None:
         """Wait for the appends under way and let the connections go."""
         await self._appends.close()
-        await self._redis.aclose()
+        await super().close()
 
     async def _send_appends(self, batch: Sequence[_Append]) -> list[tuple[str, str] | Exception]:
         async with self._answering():
@@ -306,18 +212,3 @@ class FeedbackStore:
                 self._quarantined.add(stream_id)
                 _log.error("record %s is quarantined: %s", stream_id, error)
             raise
-
-    @asynccontextmanager
-    async def _answering(self) -> AsyncIterator[None]:
-        """Bounds what is done inside to the socket timeout and turns Redis's errors into StoreUnavailable."""
-        try:
-            async with asyncio.timeout(self._settings.socket_timeout_seconds):
-                yield
-        except TimeoutError as error:
-            seconds = self._settings.socket_timeout_seconds
-            raise StoreUnavailable(f"Redis at {self._where} did not answer within {seconds:g} s") from error
-        except (RedisError, OSError) as error:
-            raise self._unavailable(error) from error
-
-    def _unavailable(self, error: Exception) -> StoreUnavailable:
-        return StoreUnavailable(f"Redis at {self._where} cannot serve: {error}")

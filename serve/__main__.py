@@ -1,4 +1,4 @@
-"""``python -m serve``: read the settings, listen on loopback, serve the release."""
+"""``python -m serve``: read the settings, listen, serve the release."""
 
 import asyncio
 import importlib.metadata
@@ -18,17 +18,21 @@ from deploy.release import first
 from deploy.versions import Draft, VersionKind
 from feedback.embedded import connect_url
 from feedback.errors import FeedbackError
+from feedback.principals import KeyStore
 from feedback.settings import FeedbackSettings, LoopSettings
-from serve.auth import require_loopback
+from serve.auth import require_keys
 from serve.errors import ServeError
 from serve.settings import ServeSettings
+
+_NEVER = ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
+"""Switches of vLLM that let a client run code or load files; taken out of the environment."""
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def serve(
-    host: Annotated[str | None, typer.Option(help="Address to listen on; loopback only.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; beyond loopback only with API keys.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
     policy: Annotated[
         str | None, typer.Option(help="What to release if nothing is: a version number, or a model directory.")
@@ -39,8 +43,8 @@ def serve(
     try:
         loop = LoopSettings.load(state=state)
         settings = ServeSettings.load(host=host, port=port)
-        require_loopback(settings.host)
         with connect_url(loop) as redis_url:
+            asyncio.run(_require_keys(settings.host, redis_url))
             if policy is not None:
                 asyncio.run(_release_first(loop.state, redis_url, policy))
             _run(settings, loop.state, redis_url)
@@ -51,8 +55,8 @@ def serve(
 
 def _run(settings: ServeSettings, state: Path, redis_url: str) -> None:
     _log_as_json()
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # the in-process calls of blind tasks
-    _prepare_engine_environment(settings)
+    logging.getLogger("serve.access").setLevel(logging.INFO if settings.access_log else logging.WARNING)
+    prepare_engine_environment(settings)
     # Imported here: vLLM reads its environment on import, and takes ten seconds for it.
     from serve.app import create_app
 
@@ -63,6 +67,8 @@ def _run(settings: ServeSettings, state: Path, redis_url: str) -> None:
         port=settings.port,
         log_level="warning",
         access_log=False,
+        proxy_headers=False,  # a client could name any address as its own
+        server_header=False,
         timeout_graceful_shutdown=int(settings.drain_seconds),
     )
 
@@ -78,14 +84,16 @@ def _log_as_json() -> None:
         )
     )
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.getLogger("vllm").setLevel(logging.ERROR)
 
 
-def _prepare_engine_environment(settings: ServeSettings) -> None:
+def prepare_engine_environment(settings: ServeSettings) -> None:
+    """Set what vLLM reads from the environment when it is imported; what is set already stays."""
     defaults = {
         "OMP_NUM_THREADS": str(settings.engine_threads),
         "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CONFIGURE_LOGGING": "0",  # its lines become JSON like ours
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
@@ -94,6 +102,16 @@ def _prepare_engine_environment(settings: ServeSettings) -> None:
         defaults["TORCH_COMPILE_DISABLE"] = "1"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    for name in _NEVER:
+        os.environ.pop(name, None)
+
+
+async def _require_keys(host: str, redis_url: str) -> None:
+    keys = KeyStore.connect(redis_url, FeedbackSettings.load())
+    try:
+        await require_keys(host, keys)
+    finally:
+        await keys.close()
 
 
 async def _release_first(state: Path, redis_url: str, policy: str) -> None:

@@ -14,16 +14,20 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from deploy.registry import Registry, ReleaseStore
+from feedback.principals import KeyStore
 from feedback.settings import FeedbackSettings
 from feedback.store import FeedbackStore
-from serve import comparisons, completions, health, tasks
+from serve import comparisons, completions, health, stored_completions, tasks
+from serve.auth import Access, Rates, is_loopback
 from serve.error_response import add_error_handlers
 from serve.fleet import Fleet
 from serve.metrics import Metrics
 from serve.middleware import BodyLimit, RequestObserver
+from serve.openapi import describe
 from serve.recording import Recorder
 from serve.services import Services
 from serve.settings import ServeSettings
+from serve.supervision import supervise
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +47,16 @@ def create_app(settings: ServeSettings, feedback_settings: FeedbackSettings, sta
         recorder = Recorder(store, settings, metrics)
         replica = f"{socket.gethostname()}:{os.getpid()}"
         fleet = Fleet(replica, Registry(state), releases, settings, metrics, recorder.sampled)
-        app.state.services = Services(settings, feedback_settings, store, fleet, recorder, metrics)
-        background = [asyncio.create_task(work) for work in (fleet.watch(), fleet.report(), recorder.run())]
+        keys = KeyStore.connect(redis_url, feedback_settings)
+        access = Access(keys, loopback=is_loopback(settings.host), memory=state / "api-keys.json")
+        rates = Rates(keys, metrics)
+        await access.refresh()
+        app.state.services = Services(
+            settings, feedback_settings, store, fleet, recorder, metrics, access=access, rates=rates
+        )
+        metrics.include_engines(lambda: [engine.metrics for engine in fleet.live.values()])
+        works = (fleet.watch(), fleet.report(), supervise(fleet, settings), recorder.run(), access.watch())
+        background = [asyncio.create_task(work) for work in works]
         for task in background:
             task.add_done_callback(_end_server_if_failed)
         try:
@@ -57,6 +69,7 @@ def create_app(settings: ServeSettings, feedback_settings: FeedbackSettings, sta
             await recorder.flush()
             await store.close()
             await releases.close()
+            await keys.close()
 
     app = FastAPI(
         title="instructloop",
@@ -69,8 +82,9 @@ def create_app(settings: ServeSettings, feedback_settings: FeedbackSettings, sta
         ],
     )
     add_error_handlers(app)
-    for routes in (completions, comparisons, tasks, health):
+    for routes in (completions, stored_completions, comparisons, tasks, health):
         app.include_router(routes.router)
+    app.openapi_schema = describe(app, settings)
     return app
 
 

@@ -3,10 +3,12 @@
 import hashlib
 import json
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Header, Response
+from fastapi import APIRouter, Header, Request, Response
+from pydantic import BaseModel, Field
 
+from feedback.principals import Scope
 from feedback.records import (
     MAX_CANDIDATES,
     Candidate,
@@ -16,9 +18,10 @@ from feedback.records import (
     StoredCompletion,
     new_id,
 )
-from serve.auth import FeedbackPrincipal
+from serve.auth import FeedbackPrincipal, require_scope
 from serve.errors import InvalidRequest, NotFound
 from serve.feedback_bodies import ComparisonBody, DemonstrationBody, FeedbackBody
+from serve.openapi import errors, replayed
 from serve.services import Services, ServicesDep
 
 router = APIRouter(prefix="/v1/feedback")
@@ -26,15 +29,47 @@ router = APIRouter(prefix="/v1/feedback")
 IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key", max_length=255)]
 
 
-@router.post("/comparisons", status_code=201)
+class ComparedCandidate(BaseModel):
+    """Which completion was ranked, and whose it is; null for outside data."""
+
+    completion_id: str | None
+    index: int
+    policy_version: int | None
+
+
+class ComparisonObject(BaseModel):
+    """A ranking as it was kept."""
+
+    id: str
+    object: Literal["feedback.comparison"] = "feedback.comparison"
+    created: int = Field(description="unix seconds")
+    pairs: int = Field(description="pairs of candidates of which one is better")
+    ranking: list[list[int]] = Field(description="places in candidates; best group first, a group is a tie")
+    candidates: list[ComparedCandidate]
+    labeler: str
+
+
+class DemonstrationObject(BaseModel):
+    """A labeler's completion, as it was kept."""
+
+    id: str
+    object: Literal["feedback.demonstration"] = "feedback.demonstration"
+    created: int = Field(description="unix seconds")
+    labeler: str
+
+
+@router.post("/comparisons", status_code=201, responses=replayed(ComparisonObject) | errors(404, 422))
 async def create_comparison(
     body: ComparisonBody,
+    request: Request,
     response: Response,
     services: ServicesDep,
     principal: FeedbackPrincipal,
     idempotency_key: IdempotencyKey = None,
-) -> dict[str, Any]:
+) -> ComparisonObject:
     """Keep one labeler's ranking. 201 means it is fsynced; the same request again answers 200 with the first."""
+    if body.completions is not None:  # outside data: nothing shows that anybody was given these
+        require_scope(request, Scope.OPERATOR)
     prompt, candidates, source = await _candidates(body, services, principal)
     comparison = Comparison(
         id=new_id("cmp_"),
@@ -56,8 +91,8 @@ async def create_comparison(
     return _comparison_object(kept)
 
 
-@router.get("/comparisons/{comparison_id}")
-async def get_comparison(comparison_id: str, services: ServicesDep, principal: FeedbackPrincipal) -> dict[str, Any]:
+@router.get("/comparisons/{comparison_id}", responses=errors(404))
+async def get_comparison(comparison_id: str, services: ServicesDep, principal: FeedbackPrincipal) -> ComparisonObject:
     """A comparison of this principal's."""
     record = await services.store.record(comparison_id)
     if not isinstance(record, Comparison) or record.principal != principal:
@@ -65,14 +100,14 @@ async def get_comparison(comparison_id: str, services: ServicesDep, principal: F
     return _comparison_object(record)
 
 
-@router.post("/demonstrations", status_code=201)
+@router.post("/demonstrations", status_code=201, responses=replayed(DemonstrationObject) | errors(404, 422))
 async def create_demonstration(
     body: DemonstrationBody,
     response: Response,
     services: ServicesDep,
     principal: FeedbackPrincipal,
     idempotency_key: IdempotencyKey = None,
-) -> dict[str, Any]:
+) -> DemonstrationObject:
     """Keep a completion that a labeler wrote; with ``completion_id`` it corrects that choice."""
     prompt, corrects = body.asked(), None
     if body.completion_id is not None:
@@ -90,12 +125,7 @@ async def create_demonstration(
         corrects=corrects,
     )
     kept = await _append(demonstration, body, idempotency_key, response, services)
-    return {
-        "id": kept.id,
-        "object": "feedback.demonstration",
-        "created": int(kept.created),
-        "labeler": kept.labeler,
-    }
+    return DemonstrationObject(id=kept.id, created=int(kept.created), labeler=kept.labeler)
 
 
 async def find_completion(completion_id: str, services: Services, principal: str) -> StoredCompletion:
@@ -168,16 +198,15 @@ async def _append(
     return appended.record
 
 
-def _comparison_object(comparison: Comparison) -> dict[str, Any]:
-    return {
-        "id": comparison.id,
-        "object": "feedback.comparison",
-        "created": int(comparison.created),
-        "pairs": sum(1 for _ in comparison.pairs()),
-        "ranking": [list(group) for group in comparison.ranking],
-        "candidates": [
-            {"completion_id": c.completion_id, "index": c.index, "policy_version": c.policy_version}
+def _comparison_object(comparison: Comparison) -> ComparisonObject:
+    return ComparisonObject(
+        id=comparison.id,
+        created=int(comparison.created),
+        pairs=sum(1 for _ in comparison.pairs()),
+        ranking=[list(group) for group in comparison.ranking],
+        candidates=[
+            ComparedCandidate(completion_id=c.completion_id, index=c.index, policy_version=c.policy_version)
             for c in comparison.candidates
         ],
-        "labeler": comparison.labeler,
-    }
+        labeler=comparison.labeler,
+    )

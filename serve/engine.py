@@ -1,138 +1,286 @@
-"""One policy version = one engine = one ASGI app over vLLM's ``AsyncLLM``. The only file that knows vLLM.
+"""One policy version = one engine, over vLLM's ``AsyncLLM``. With ``weights.py`` the only file that knows vLLM.
 
-vLLM's own routers are mounted on a private app that no socket serves: ``serve.completions`` authenticates,
-caps and resolves the model, then calls ``Engine.app`` in-process, so a completion crosses no network hop.
-``_RecordingLLM`` hands every finished request to a callback without touching what the client receives.
+``serve.forwarding`` hands a capped body to ``Engine.complete``, which calls vLLM's own OpenAI handlers in this
+process: no network hop, no second trip through a web framework. ``_RecordingLLM`` tells a callback of every
+request that has ended, without touching what the client receives.
 """
 
-import argparse
 import asyncio
-import json
+import contextlib
+import functools
+import logging
 import math
-import types
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from pathlib import Path
+from contextvars import ContextVar
 from typing import Any
 
-import httpx2
-from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from pydantic import ValidationError
+from starlette.datastructures import State
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
-from vllm.entrypoints.openai.chat_completion import api_router as chat_routes
-from vllm.entrypoints.openai.completion import api_router as completion_routes
-from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.inputs import TokensPrompt
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.logprobs import LogprobsProcessor
+from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from deploy.versions import CanaryPrompt, Version
 from feedback.records import new_id
-from serve.error_response import invalid_request
-from serve.errors import EngineFailed
+from serve.answer_shape import NOT_OPENAIS
+from serve.engine_arguments import engine_arguments
+from serve.errors import EngineFailed, EngineRefused, InvalidRequest, NotServing
 from serve.recording import Sampled, SampledChoice
 from serve.settings import ServeSettings
 
-_CPU_BATCHED_TOKENS = 4096
-"""Tokens a CPU engine prefills at once; without chunking it must be at least the longest prompt."""
+log = logging.getLogger(__name__)
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+"""The two routes an engine answers."""
+
+_RECORD: ContextVar[bool] = ContextVar("_RECORD", default=False)
+"""Whether what the request at hand samples is to be recorded, or only counted."""
+
+_COLLECT: ContextVar[dict[int, list[float]] | None] = ContextVar("_COLLECT", default=None)
+"""Where the sampled tokens' log-probs of the request at hand go, by choice, if the client asked for none."""
+
+
+class _SampledLogprobs(LogprobsProcessor):
+    """Collects the sampled tokens' log-probs; vLLM's own would also turn every token into text, for nobody."""
+
+    def __init__(self, sampled: list[float]) -> None:
+        super().__init__(
+            tokenizer=None,
+            logprobs=None,
+            prompt_logprobs=None,
+            cumulative_logprob=None,
+            num_logprobs=None,
+            num_prompt_logprobs=None,
+        )
+        self._sampled = sampled
+
+    def update_from_output(self, output: EngineCoreOutput) -> None:
+        """Take in what one step sampled; the sampled token stands first, before any most likely ones."""
+        if output.new_logprobs is not None:
+            self._sampled += output.new_logprobs.logprobs[:, 0].tolist()
+
+
+class _RecordingOutputs(OutputProcessor):
+    """Vllm's ``OutputProcessor`` with cheaper log-probs for requests that ask for none."""
+
+    def add_request(self, request: Any, prompt: Any, *parent_index_queue: Any) -> None:
+        """As vLLM's."""
+        super().add_request(request, prompt, *parent_index_queue)
+        if (collect := _COLLECT.get()) is not None:
+            sampled = collect.setdefault(parent_index_queue[1], [])
+            self.request_states[request.request_id].logprobs_processor = _SampledLogprobs(sampled)
 
 
 class _RecordingLLM(AsyncLLM):
-    """``AsyncLLM`` that hands each finished request to ``on_sampled``, off the client's path."""
+    """``AsyncLLM`` that tells of each ended request, and remembers when it last gave a token."""
 
     on_sampled: Callable[[Sampled], None] | None = None
+    last_token_at = 0.0
+    """When any request last got a token; monotonic seconds."""
+    suspect = False
+    """True once a log-prob was no number."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.output_processor.__class__ = _RecordingOutputs
 
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:
-        """As vLLM's, recording on the way. A request that does not finish is not recorded."""
-        if sampling_params.logprobs is None:
+        """As vLLM's. The callback has run before the last output is handed on, so feedback may name it at once."""
+        recorded = _RECORD.get()
+        collected: dict[int, list[float]] | None = None
+        if recorded and sampling_params.logprobs is None and sampling_params.prompt_logprobs is None:
             # The sampled token's own log-prob, which PPO needs; it does not show in the client's answer.
             sampling_params = sampling_params.clone()
             sampling_params.logprobs = 0
-        choices: dict[int, SampledChoice] = {}
-        output = None
-        async for output in super().generate(prompt, sampling_params, request_id, **options):
-            _gather(choices, output, delta=sampling_params.output_kind == RequestOutputKind.DELTA)
-            yield output
-        if output is not None and output.finished and self.on_sampled is not None:
-            self.on_sampled(
-                Sampled(
-                    request_id=request_id,
-                    prompt_token_ids=list(output.prompt_token_ids or []),
-                    choices=[choices[index] for index in sorted(choices)],
-                    temperature=sampling_params.temperature,
-                    top_p=sampling_params.top_p,
-                )
-            )
+            collected = {}
+        _COLLECT.set(collected)
+        delta = sampling_params.output_kind == RequestOutputKind.DELTA
+        ended = Sampled(request_id, _openai_sampling(sampling_params), recorded=recorded)
+        try:
+            async for output in super().generate(prompt, sampling_params, request_id, **options):
+                self.last_token_at = time.monotonic()
+                _gather(ended, output, delta=delta)
+                if output.finished:
+                    for index, logprobs in (collected or {}).items():
+                        ended.choices[index].logprobs = logprobs
+                    self._tell(ended, output)
+                yield output
+        finally:
+            if not ended.finished and self.on_sampled is not None:  # the client left, or the engine died
+                self.on_sampled(ended)
+
+    def _tell(self, ended: Sampled, output: RequestOutput) -> None:
+        ended.finished = True
+        self.suspect = self.suspect or not ended.finite
+        if (stats := output.metrics) is not None:
+            ended.queued_seconds = stats.scheduled_ts - stats.queued_ts
+            ended.first_token_seconds = stats.first_token_latency
+            if stats.num_generation_tokens > 1:
+                ended.token_seconds = (stats.last_token_ts - stats.first_token_ts) / (stats.num_generation_tokens - 1)
+        if self.on_sampled is not None:
+            self.on_sampled(ended)
 
 
-def _gather(choices: dict[int, SampledChoice], output: RequestOutput, *, delta: bool) -> None:
+def _openai_sampling(sampling: SamplingParams) -> dict[str, Any]:
+    more = {name: getattr(sampling, name) for name in ("presence_penalty", "frequency_penalty", "seed")}
+    used = {name: value for name, value in more.items() if value}
+    return {"temperature": sampling.temperature, "top_p": sampling.top_p} | used
+
+
+def _gather(ended: Sampled, output: RequestOutput, *, delta: bool) -> None:
+    """Add what the engine gave: the tokens since last time, or without ``delta`` all so far."""
+    ended.prompt_token_ids = output.prompt_token_ids or ended.prompt_token_ids
+    if not delta:
+        ended.completion_tokens = 0
     for part in output.outputs:
-        choice = choices.get(part.index)
+        ended.completion_tokens += len(part.token_ids)
+        if not ended.recorded:
+            continue
+        choice = ended.choices.get(part.index)
         if choice is None or not delta:
-            choice = choices[part.index] = SampledChoice(part.index, "", [], [])
+            choice = ended.choices[part.index] = SampledChoice(part.index)
         choice.text += part.text
         choice.token_ids += part.token_ids
         if part.logprobs is not None:
-            choice.logprobs += [
-                at[token].logprob for token, at in zip(part.token_ids, part.logprobs, strict=True) if at is not None
-            ]
-        choice.finish_reason = part.finish_reason or choice.finish_reason
+            choice.logprobs += [at[token].logprob for token, at in zip(part.token_ids, part.logprobs, strict=True)]
+        if part.finish_reason is not None:
+            choice.finish_reason = part.finish_reason
+            choice.version_spans = tuple((int(s.version), s.start, s.end) for s in part.weight_versions or ())
 
 
 class Engine:
     """A live policy version. Make one with ``start``; end it with ``close``."""
 
-    def __init__(self, version: Version, llm: _RecordingLLM, app: FastAPI) -> None:
-        self.version = version.manifest.version
-        self.canary_prompts = version.manifest.canary_prompts
-        self.created = version.manifest.created.timestamp()
-        self.tokenizer = tokenizer_digest(version)
-        """Names the tokenizer of recorded token ids."""
-        self.app = app
+    def __init__(self, version: Version, model_id: str, llm: _RecordingLLM, settings: ServeSettings) -> None:
         self.running = 0
         """Completion requests being served now; the fleet drains on it."""
+        self.metrics = CollectorRegistry()
+        """VLLM's own metrics of this engine."""
         self._llm = llm
-        self._client = httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app), base_url="http://engine")
+        self._settings = settings
+        self._state = State()
+        self._became(version, model_id)
+
+    def _became(self, version: Version, model_id: str) -> None:
+        self._version = version
+        self.version = version.number
+        self.model_id = model_id
+        self.created = version.manifest.created.timestamp()
+        self.tokenizer = version.tokenizer_digest
+        """Names the tokenizer of recorded token ids."""
 
     @classmethod
     async def start(
         cls, version: Version, model_id: str, settings: ServeSettings, on_sampled: Callable[[Sampled], None]
     ) -> "Engine":
         """Load a version, answer a first request and check it against the manifest. Raises EngineFailed."""
-        arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(_arguments(version.path, model_id, settings))
+        # vLLM labels its metrics by the name it is started with; in place, that name must outlive the version.
+        started_as = model_id if settings.max_engines > 1 else settings.model_name
+        arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(
+            engine_arguments(version.path, started_as, settings, on_cpu=current_platform.is_cpu())
+        )
+        registry = CollectorRegistry()
         try:
             config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
             # Loading takes many seconds and blocks; completions of the other engines go on meanwhile.
+            make = functools.partial(_RecordingLLM.from_vllm_config, stat_loggers=[_metrics_logger(registry)])
             llm = await asyncio.wait_for(
-                asyncio.to_thread(_RecordingLLM.from_vllm_config, config, disable_log_stats=True),
+                asyncio.to_thread(make, config, disable_log_stats=bool(arguments.disable_log_stats)),
                 settings.engine_start_timeout_seconds,
             )
         except (RuntimeError, ValueError, OSError, TimeoutError) as error:
             raise EngineFailed(f"version {version.number} does not load: {error}") from error
+        engine = cls(version, model_id, llm, settings)
+        engine.metrics = registry
         try:
-            engine = cls(version, llm, await _openai_routes(llm, arguments))
+            await init_app_state(llm, engine._state, arguments, await llm.get_supported_tasks())
+            engine._relabel()
+            await llm.update_weight_version(str(version.number))
             if not await engine.probe(settings.engine_start_timeout_seconds):
                 raise EngineFailed(f"version {version.number} loads, but its engine does not answer")
-            await engine.check_canary_prompts(settings.logprob_tolerance)
+            await engine.check_canary_prompts()
         except BaseException:
             await asyncio.to_thread(llm.shutdown, timeout=5.0)
             raise
         llm.on_sampled = on_sampled
         return engine
 
-    async def check_canary_prompts(self, tolerance: float) -> None:
+    def _relabel(self) -> None:
+        named = BaseModelPath(name=self.model_id, model_path=str(self._version.path))
+        self._state.openai_serving_models.base_model_paths[:] = [named]  # vLLM's registry shares the list
+
+    async def complete(
+        self, route: str, body: dict[str, Any], bare_id: str, *, recorded: bool = True
+    ) -> bytes | AsyncGenerator[str, None]:
+        """Answer a request that is within the limits: a JSON object, or the server-sent events of a stream.
+
+        Args:
+            route: ``CHAT`` or ``TEXT``.
+            body: the client's request, without the fields that are the server's own.
+            bare_id: random; the completion's id is this with vLLM's prefix. Never the client's: two clients that
+                send the same id would share a completion.
+            recorded: sample log-probs and report what was sampled, not only how much.
+
+        Raises:
+            InvalidRequest: The body does not fit vLLM's schema.
+            EngineRefused: vLLM refuses the request; with an HTTP status.
+            NotServing: The engine has ended.
+        """
+        if self.dead:
+            raise NotServing(f"the engine of version {self.version} has ended and is being started again")
+        _RECORD.set(recorded)
+        asked = body | {"model": self.model_id, "request_id": bare_id}
+        try:
+            if route == CHAT:
+                chat = ChatCompletionRequest.model_validate(asked)
+                answer = await self._state.openai_serving_chat.create_chat_completion(chat)
+                extras = chat.return_token_ids or chat.return_prompt_text or chat.prompt_logprobs is not None
+            else:
+                text = CompletionRequest.model_validate(asked)
+                answer = await self._state.openai_serving_completion.create_completion(text)
+                extras = text.return_token_ids or text.prompt_logprobs is not None
+        except ValidationError as error:
+            raise InvalidRequest.of(error) from error
+        except Exception as error:
+            if self.dead:
+                raise NotServing(f"the engine of version {self.version} ended during the request; try again") from error
+            answer = create_error_response(error)
+            if answer.error.code >= 500:
+                log.warning("the engine failed on a request", exc_info=error)
+        if isinstance(answer, ErrorResponse):
+            raise EngineRefused(answer.error.code, answer.error.message, answer.error.param)
+        if isinstance(answer, AsyncGenerator):
+            return answer
+        whole: bytes = answer.model_dump_json(exclude=None if extras else NOT_OPENAIS).encode()
+        return whole
+
+    async def check_canary_prompts(self) -> None:
         """Prove that what is served is what was published: greedy tokens and log-probs of the manifest's prompts.
 
         Raises:
-            EngineFailed: A token differs, or a log-prob by more than ``tolerance`` nats.
+            EngineFailed: A token differs, or a log-prob by more than ``logprob_tolerance`` nats.
         """
-        for number, canary in enumerate(self.canary_prompts):
+        tolerance = self._settings.logprob_tolerance
+        for number, canary in enumerate(self._version.manifest.canary_prompts):
             token_ids, logprobs = await self._greedy(canary)
             apart = max((abs(a - b) for a, b in zip(logprobs, canary.logprobs, strict=False)), default=0.0)
             if tuple(token_ids) != tuple(canary.completion_token_ids) or not apart <= tolerance:
@@ -144,10 +292,11 @@ class Engine:
 
     async def _greedy(self, canary: CanaryPrompt) -> tuple[list[int], list[float]]:
         sampling = SamplingParams(temperature=0.0, max_tokens=max(1, len(canary.completion_token_ids)), logprobs=0)
-        choices: dict[int, SampledChoice] = {}
-        async for output in self._llm.generate(self._rendered(canary.prompt_token_ids), sampling, new_id("canary-")):
-            _gather(choices, output, delta=False)
-        choice = choices[0]
+        sampled = Sampled("", {}, recorded=True)
+        prompt = self._rendered(canary.prompt_token_ids)
+        async for output in AsyncLLM.generate(self._llm, prompt, sampling, new_id("canary-")):
+            _gather(sampled, output, delta=False)
+        choice: SampledChoice = sampled.choices[0]
         if not all(math.isfinite(logprob) for logprob in choice.logprobs):
             raise EngineFailed(f"version {self.version} gives log-probs that are not finite")
         return choice.token_ids, choice.logprobs
@@ -161,13 +310,23 @@ class Engine:
         """True when the engine's process has ended. vLLM cannot revive it; start another."""
         return bool(self._llm.errored)
 
+    @property
+    def suspect(self) -> bool:
+        """True once it gave a log-prob that is no number: its canary prompts should be checked now."""
+        return self._llm.suspect
+
+    @property
+    def silent_seconds(self) -> float:
+        """Seconds since it last gave any request a token."""
+        return time.monotonic() - self._llm.last_token_at
+
     async def probe(self, timeout_seconds: float) -> bool:
         """True when the engine samples one token in time. A dead engine may look like a clean exit; this does not."""
         sampling = SamplingParams(temperature=0.0, max_tokens=1)
 
         async def one_token() -> bool:
             async for _ in AsyncLLM.generate(self._llm, self._rendered((1,)), sampling, new_id("probe-")):
-                pass
+                self._llm.last_token_at = time.monotonic()
             return True
 
         try:
@@ -175,57 +334,64 @@ class Engine:
         except Exception:  # whatever vLLM raises here, the engine does not answer
             return False
 
-    async def complete(self, route: str, body: dict[str, Any], completion_id: str) -> dict[str, Any]:
-        """A completion for the server itself (blind tasks). Raises EngineFailed with vLLM's message."""
-        answer = await self._client.post(route, json=body, headers={"x-request-id": completion_id})
-        if answer.status_code != 200:
-            raise EngineFailed(f"version {self.version} answered {answer.status_code}: {answer.text[:200]}")
-        completed: dict[str, Any] = json.loads(answer.content)
-        return completed
+    async def swap(self, version: Version, model_id: str) -> None:
+        """Serve another version's weights in place. With ``swap = "wait"`` nothing may be running.
+
+        Raises:
+            EngineFailed: The version cannot be exchanged for this one, or does not reproduce its canary prompts;
+                the old version goes on serving.
+        """
+        if version.digests_but_weights() != self._version.digests_but_weights():
+            raise EngineFailed(
+                f"version {version.number} differs from version {self.version} in more than its weights "
+                "(configuration or tokenizer); with max_engines = 1 it needs a restart of the server"
+            )
+        old = self._version, self.model_id
+        try:
+            await self._load(version)
+            self._became(version, model_id)
+            await self.check_canary_prompts()
+        except Exception as error:
+            self._became(*old)
+            await self._load(old[0])
+            raise EngineFailed(f"version {version.number} is not served: {error}") from error
+        finally:
+            self._relabel()
+
+    async def _load(self, version: Version) -> None:
+        keep = self._settings.swap == "keep"
+        if keep:
+            await self._llm.pause_generation(mode="keep", clear_cache=False)
+        try:
+            await self._llm.collective_rpc("swap_weights", args=(str(version.path),))
+            # What was computed by the old weights must not be read by the new: cached prefixes, running requests.
+            await self._llm.reset_prefix_cache(reset_running_requests=True)
+            await self._llm.update_weight_version(str(version.number))
+        finally:
+            if keep:
+                await self._llm.resume_generation()
+
+    async def kill(self) -> None:
+        """End an engine that does not answer, or not in time: its requests fail at once instead of waiting for ever."""
+        for process in self._llm.engine_core.resources.engine_manager.processes:
+            process.kill()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(5.0):
+                while not self.dead or self.running:
+                    await asyncio.sleep(0.02)
+        await self.close()
 
     async def close(self) -> None:
-        """Stop the engine's process. Requests that still run fail; drain first."""
-        await self._client.aclose()
+        """Stop the engine's process. Nothing may be running any more; see ``kill``."""
         await asyncio.to_thread(self._llm.shutdown, timeout=5.0)
 
 
-async def _openai_routes(llm: AsyncLLM, arguments: argparse.Namespace) -> FastAPI:
-    """The completion routes of vLLM over an engine, on an app that no socket serves."""
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-    await init_app_state(llm, app.state, arguments, await llm.get_supported_tasks())
-    chat_routes.attach_router(app)
-    completion_routes.attach_router(app)
-    init_exception_handler(app)
-    app.add_exception_handler(RequestValidationError, invalid_request)  # vLLM's own echoes the offending value
-    app.state.server = types.SimpleNamespace(should_exit=False)  # vLLM's handlers ask for it when an engine dies
-    return app
+def _metrics_logger(registry: CollectorRegistry) -> type[PrometheusStatLogger]:
+    """VLLM's Prometheus metrics on a registry of their own: on the global one, a second engine removes the first's."""
 
+    class EngineMetrics(PrometheusStatLogger):
+        _gauge_cls = functools.partial(Gauge, registry=registry)
+        _counter_cls = functools.partial(Counter, registry=registry)
+        _histogram_cls = functools.partial(Histogram, registry=registry)
 
-def tokenizer_digest(version: Version) -> str | None:
-    """sha256 of the version's ``tokenizer.json``, None for a version without one."""
-    file = version.manifest.files.get("tokenizer.json")
-    return file.sha256 if file is not None else None
-
-
-def _arguments(model: Path, model_id: str, settings: ServeSettings) -> list[str]:
-    """The command line vLLM gets for one version."""
-    arguments = [
-        "--model", str(model),
-        "--served-model-name", model_id,
-        "--dtype", settings.dtype,
-        "--max-model-len", str(settings.max_model_len),
-        "--max-num-seqs", str(settings.max_num_seqs),
-        "--max-logprobs", str(settings.max_logprobs),
-        # Recorded log-probs must be of the distribution that was sampled from.
-        "--logprobs-mode", "processed_logprobs",
-    ]  # fmt: skip
-    if current_platform.is_cpu():
-        arguments += [
-            "--enforce-eager",
-            # A seeded request whose prefill is chunked kills a CPU engine of vLLM 0.32.
-            "--no-enable-chunked-prefill",
-            "--max-num-batched-tokens", str(max(settings.max_model_len, _CPU_BATCHED_TOKENS)),
-            # The name "uni" would be rewritten to "mp", which costs a third process.
-            "--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor",
-        ]  # fmt: skip
-    return [*arguments, *settings.engine_arguments]
+    return EngineMetrics

@@ -15,7 +15,18 @@ from starlette.responses import JSONResponse
 
 from deploy.errors import DeployError
 from feedback.errors import IdempotencyKeyReuse, StoreUnavailable
-from serve.errors import BodyTooLarge, EngineFailed, InvalidRequest, ModelNotFound, NotFound, NotServing
+from feedback.principals import RateExceeded
+from serve.errors import (
+    EngineFailed,
+    EngineRefused,
+    InvalidKey,
+    InvalidRequest,
+    KeysUnavailable,
+    ModelNotFound,
+    NotAllowed,
+    NotFound,
+    NotServing,
+)
 
 log = logging.getLogger(__name__)
 
@@ -37,50 +48,35 @@ def error_body(status: int, message: str, param: str | None = None, code: str | 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def error_response(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
-    """The error object as an answer; 429 and 503 say when to try again."""
-    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status in (429, 503) else None
+def error_response(
+    status: int,
+    message: str,
+    param: str | None = None,
+    code: str | None = None,
+    retry_after_seconds: int = RETRY_AFTER_SECONDS,
+) -> JSONResponse:
+    """The error object as an answer; 429 and 503 say when to try again, 401 what to come with."""
+    headers = {}
+    if status in (429, 503):
+        headers["Retry-After"] = str(retry_after_seconds)
+    elif status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error_body(status, message, param, code), status, headers)
 
 
-def translate_engine_error(status: int, body: bytes) -> JSONResponse:
-    """VLLM's error answer (an integer ``code``, sometimes a bare string) in our shape."""
-    try:
-        error = json.loads(body).get("error", {})
-    except (ValueError, AttributeError):
-        error = {}
-    if not isinstance(error, dict):
-        error = {}
-    # vLLM answers 503 when its queue is full; to a client that is a rate, not an outage.
-    status = 429 if status == 503 else status
-    code = error.get("code")
-    return error_response(
-        status,
-        str(error.get("message") or "the engine refused the request"),
-        error.get("param"),
-        code if isinstance(code, str) else None,
-    )
-
-
-def translate_stream_error(chunk: bytes) -> bytes:
-    """A server-sent event; where it carries vLLM's error object, the same event in our shape."""
-    if not chunk.startswith(b'data: {"error"'):
-        return chunk
-    status = 500
-    try:
-        error = json.loads(chunk.removeprefix(b"data: "))["error"]
-        message = str(error["message"])
-        if isinstance(error.get("code"), int):
-            status = error["code"]
-    except (ValueError, KeyError, TypeError):
-        message = "the engine failed"
-    return b"data: " + json.dumps(error_body(status, message)).encode() + b"\n\n"
+def stream_error(error: dict[str, Any]) -> bytes:
+    """VLLM's error in the middle of a stream (its ``code`` is a number) as an event in our shape."""
+    status = error.get("code")
+    body = error_body(status if isinstance(status, int) else 500, str(error.get("message") or "the engine failed"))
+    return b"data: " + json.dumps(body).encode() + b"\n\n"
 
 
 async def invalid_request(request: Request, error: Exception) -> JSONResponse:
     """400 with the first field at fault; the value itself stays out of the message."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return error_response(400, "the body is not valid JSON")
     path = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
     param = ".".join(path) or None
     message = str(first["msg"]).removeprefix("Value error, ")
@@ -104,21 +100,42 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid_request)
     app.add_exception_handler(InvalidRequest, answer(400))
-    app.add_exception_handler(BodyTooLarge, answer(413))
     app.add_exception_handler(ModelNotFound, answer(404, "model_not_found"))
     app.add_exception_handler(NotFound, answer(404))
     app.add_exception_handler(IdempotencyKeyReuse, answer(422, "idempotency_key_reuse"))
     app.add_exception_handler(NotServing, answer(503))
     app.add_exception_handler(EngineFailed, answer(503))
+    app.add_exception_handler(EngineRefused, _engine_refused)
+    app.add_exception_handler(InvalidKey, answer(401, "invalid_api_key"))
+    app.add_exception_handler(NotAllowed, answer(403))
+    app.add_exception_handler(KeysUnavailable, answer(503, "keys_unavailable"))
+    app.add_exception_handler(RateExceeded, _rate_exceeded)
     app.add_exception_handler(StoreUnavailable, _store_unavailable)
     app.add_exception_handler(DeployError, answer(503))
     app.add_exception_handler(Exception, _unexpected)
 
 
+async def _engine_refused(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, EngineRefused)
+    if error.status == 503:  # its queue is full; to a client that is a rate, not an outage
+        return error_response(429, str(error), None, "queue_full")
+    return error_response(error.status, str(error), error.param)
+
+
+async def _rate_exceeded(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RateExceeded)
+    return error_response(429, str(error), None, "rate_limit_exceeded", error.retry_after_seconds)
+
+
 async def _store_unavailable(request: Request, error: Exception) -> JSONResponse:
     # The reason names hosts and paths of ours: it goes to the log.
     log.warning("feedback refused", extra={"why": str(error)})
-    return error_response(503, "feedback cannot be kept right now; nothing was kept", None, "feedback_unavailable")
+    return error_response(
+        503,
+        "the store of completions and feedback does not answer; nothing was kept or changed",
+        None,
+        "feedback_unavailable",
+    )
 
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:

@@ -1,52 +1,82 @@
 """Liveness, readiness, metrics and version: what probes and scrapers ask."""
 
-import asyncio
 import importlib.metadata
-from typing import Any
+from typing import Literal
 
 from fastapi import APIRouter
-from starlette.responses import JSONResponse, Response
+from pydantic import BaseModel, Field
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from feedback.errors import StoreUnavailable
 from serve.error_response import error_body
+from serve.openapi import Error
 from serve.services import Services, ServicesDep
 
 router = APIRouter()
 
-PROBE_SECONDS = 5.0
-"""An engine that does not sample one token in this time is not ready."""
+ANSWER_SECONDS = 5.0
+"""An engine that has not sampled one token in this time is not ready; ``supervision`` keeps asking."""
+
+
+class Health(BaseModel):
+    """The process can answer."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Ready(BaseModel):
+    """Completions and feedback are served, of the release's newest generation."""
+
+    status: Literal["ready"] = "ready"
+    generation: int
+
+
+class NotReady(Error):
+    """An error, with each thing that is in the way."""
+
+    reasons: list[str]
+
+
+class Versions(BaseModel):
+    """What this server is, and what it serves."""
+
+    version: str
+    vllm: str
+    policy_versions: list[int] = Field(description="live ones")
 
 
 @router.get("/health")
-async def health() -> dict[str, str]:
+async def health() -> Health:
     """200 while the process can answer."""
-    return {"status": "ok"}
+    return Health()
 
 
-@router.get("/ready", responses={503: {"description": "Not ready, with the reasons"}})
+@router.get(
+    "/ready", response_model=Ready, responses={503: {"model": NotReady, "description": "Not ready, with the reasons"}}
+)
 async def ready(services: ServicesDep) -> Response:
     """200 only when engines answer, feedback is durable and the newest release is served."""
     reasons = await _reasons_not_ready(services)
     if reasons:
         body = error_body(503, "not ready: " + "; ".join(reasons)) | {"reasons": reasons}
         return JSONResponse(body, 503, {"Retry-After": "1"})
-    return JSONResponse({"status": "ready", "generation": services.fleet.serving.generation})
+    return JSONResponse(Ready(generation=services.fleet.serving.generation).model_dump())
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(services: ServicesDep) -> Response:
     """Prometheus' text format."""
     return Response(services.metrics.page(), media_type="text/plain; version=0.0.4")
 
 
 @router.get("/version")
-async def version(services: ServicesDep) -> dict[str, Any]:
+async def version(services: ServicesDep) -> Versions:
     """This server's version and the policy versions it has live."""
-    return {
-        "version": importlib.metadata.version("instructloop"),
-        "vllm": _vllm_version(),
-        "policy_versions": sorted(services.fleet.live),
-    }
+    return Versions(
+        version=importlib.metadata.version("instructloop"),
+        vllm=_vllm_version(),
+        policy_versions=sorted(services.fleet.live),
+    )
 
 
 def _vllm_version() -> str:
@@ -69,12 +99,11 @@ async def _reasons_not_ready(services: Services) -> list[str]:
             + (f": {fleet.problem}" if fleet.problem else "")
         )
 
-    async def answers(number: int) -> bool:
-        return number in fleet.live and await fleet.live[number].probe(PROBE_SECONDS)
-
-    numbers = fleet.serving.live()
-    answered = await asyncio.gather(*map(answers, numbers))
-    reasons += [f"the engine of version {n} does not answer" for n, ok in zip(numbers, answered, strict=True) if not ok]
+    for number in fleet.serving.live():
+        if number not in fleet.live or fleet.live[number].dead:
+            reasons.append(f"the engine of version {number} has ended")
+        elif (silent := fleet.live[number].silent_seconds) > ANSWER_SECONDS:
+            reasons.append(f"the engine of version {number} has not answered for {silent:.0f} s")
     try:
         reasons += await services.store.durability_problems()
     except StoreUnavailable as error:

@@ -6,6 +6,8 @@ Each cap is a setting. A request at the cap is served; one past it is refused wi
 from collections.abc import Callable
 from typing import Any
 
+from pydantic_core import from_json, to_json
+
 from serve.errors import InvalidRequest
 from serve.settings import ServeSettings
 
@@ -17,9 +19,20 @@ REFUSED_FIELDS = (
     "use_beam_search",
     "media_io_kwargs",
     "kv_transfer_params",
+    "ec_transfer_params",
     "vllm_xargs",
+    "logits_processors",
+    "guided_json",
+    "guided_regex",
+    "guided_grammar",
+    "guided_choice",
 )
-"""Fields that would let a client run a template, fetch a URL or hold the engine; never passed on."""
+"""Fields that would let a client run a template, fetch a URL or hold the engine; never passed on. Those of
+``guided_*`` vLLM no longer knows, and a constraint must not be dropped in silence."""
+
+_GRAMMARS = ("regex", "grammar", "structural_tag")
+_NAMED_SCHEMAS = ("properties", "$defs", "definitions", "dependentSchemas")
+"""Keywords of JSON schema whose value maps names to schemas; the map itself is no level of nesting."""
 
 
 def check_completion(body: dict[str, Any], settings: ServeSettings) -> None:
@@ -31,21 +44,27 @@ def check_completion(body: dict[str, Any], settings: ServeSettings) -> None:
     for field in REFUSED_FIELDS:
         if body.get(field) is not None:
             raise InvalidRequest(f"{field} is not supported", field)
-    _at_most(body, "n", settings.max_n)
-    _at_most(body, "best_of", settings.max_n)
-    for field in ("max_tokens", "max_completion_tokens"):
-        _at_most(body, field, settings.max_model_len)
-    _at_most(body, "logprobs", settings.max_logprobs)
-    _at_most(body, "top_logprobs", settings.max_logprobs)
-    _at_most(body, "prompt_logprobs", settings.max_logprobs)
+    for field, limit in (
+        ("n", settings.max_n),
+        ("best_of", settings.max_n),
+        ("max_tokens", settings.max_model_len),
+        ("max_completion_tokens", settings.max_model_len),
+        ("min_tokens", settings.max_model_len),
+        ("logprobs", settings.max_logprobs),
+        ("top_logprobs", settings.max_logprobs),
+        ("prompt_logprobs", settings.max_logprobs),
+    ):
+        _at_most(body, field, limit)
+    for field in ("logit_bias", "allowed_token_ids", "stop_token_ids", "logprob_token_ids"):
+        _count(field, body.get(field), settings.max_logit_bias)
     stops = body.get("stop")
     if isinstance(stops, str):
         stops = [stops]
-    _count(body, "stop", stops, settings.max_stops)
-    for stop in stops or ():
-        if isinstance(stop, str) and len(stop) > settings.max_stop_chars:
-            raise InvalidRequest(f"a stop string may have at most {settings.max_stop_chars} characters", "stop")
-    _count(body, "logit_bias", body.get("logit_bias"), settings.max_logit_bias)
+    for field, words in (("stop", stops), ("bad_words", body.get("bad_words"))):
+        _count(field, words, settings.max_stops)
+        if isinstance(words, list) and any(isinstance(w, str) and len(w) > settings.max_stop_chars for w in words):
+            raise InvalidRequest(f"each entry of {field} may have at most {settings.max_stop_chars} characters", field)
+    _check_constraints(body, settings)
     if body.get("store") not in (None, True, False):
         raise InvalidRequest("store must be true, false or null", "store")
     _check_metadata(body, settings)
@@ -83,13 +102,70 @@ def _is_token(item: Any) -> bool:
 
 def _at_most(body: dict[str, Any], field: str, limit: int) -> None:
     value = body.get(field)
+    if isinstance(value, str):  # vLLM would read it as a number, and past the limit
+        raise InvalidRequest(f"{field} must be a number", field)
     if isinstance(value, int | float) and not isinstance(value, bool) and value > limit:
         raise InvalidRequest(f"{field} may be at most {limit}", field)
 
 
-def _count(body: dict[str, Any], field: str, value: Any, limit: int) -> None:
+def _count(field: str, value: Any, limit: int) -> None:
     if isinstance(value, list | dict) and len(value) > limit:
         raise InvalidRequest(f"{field} may have at most {limit} entries", field)
+
+
+def _check_constraints(body: dict[str, Any], settings: ServeSettings) -> None:
+    """Bounds what a client can have compiled: JSON schemas by size and depth, and no regular expressions."""
+    constraints = body.get("structured_outputs")
+    if isinstance(constraints, dict):
+        if not settings.allow_grammars and any(constraints.get(kind) is not None for kind in _GRAMMARS):
+            raise InvalidRequest(f"{', '.join(_GRAMMARS)} are not enabled on this server", "structured_outputs")
+        _count("structured_outputs", constraints.get("choice"), settings.max_logit_bias)
+        _check_schema("structured_outputs", constraints.get("json"), settings)
+    response_format = body.get("response_format")
+    if isinstance(response_format, dict):
+        if response_format.get("type") == "structural_tag" and not settings.allow_grammars:
+            raise InvalidRequest("structural_tag is not enabled on this server", "response_format")
+        named = response_format.get("json_schema")
+        _check_schema("response_format", named.get("schema") if isinstance(named, dict) else None, settings)
+    for tool in body["tools"] if isinstance(body.get("tools"), list) else ():
+        function = tool.get("function") if isinstance(tool, dict) else None
+        _check_schema("tools", function.get("parameters") if isinstance(function, dict) else None, settings)
+
+
+def _check_schema(field: str, schema: Any, settings: ServeSettings) -> None:
+    if schema is None:
+        return
+    text = schema if isinstance(schema, str) else to_json(schema).decode()
+    if len(text.encode()) > settings.max_schema_bytes:
+        raise InvalidRequest(f"a JSON schema in {field} may have at most {settings.max_schema_bytes} bytes", field)
+    try:
+        level = _schemas_of([from_json(text)])
+    except ValueError as error:
+        raise InvalidRequest(f"a JSON schema in {field} is not valid JSON", field) from error
+    depth = 0
+    while level:
+        depth += 1
+        if depth > settings.max_schema_depth:
+            raise InvalidRequest(f"a JSON schema in {field} may be {settings.max_schema_depth} schemas deep", field)
+        if not settings.allow_grammars and any("patternProperties" in at or _is_pattern(at) for at in level):
+            raise InvalidRequest(f"pattern and patternProperties in {field} are not enabled on this server", field)
+        inner = [(name, value) for at in level for name, value in at.items()]
+        level = [schema for name, value in inner for schema in _schemas_in(name, value)]
+
+
+def _is_pattern(schema: dict[str, Any]) -> bool:
+    return isinstance(schema.get("pattern"), str)  # a property may have this name; its value is a schema
+
+
+def _schemas_in(keyword: str, value: Any) -> list[dict[str, Any]]:
+    """The schemas directly below a keyword: one, a list of them, or a map from names to them."""
+    if keyword in _NAMED_SCHEMAS and isinstance(value, dict):
+        return _schemas_of(list(value.values()))
+    return _schemas_of(value if isinstance(value, list) else [value])
+
+
+def _schemas_of(values: list[Any]) -> list[dict[str, Any]]:
+    return [value for value in values if isinstance(value, dict)]
 
 
 def _check_metadata(body: dict[str, Any], settings: ServeSettings) -> None:

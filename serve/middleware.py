@@ -3,10 +3,10 @@
 import logging
 import time
 
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from feedback.records import new_id
-from serve.errors import BodyTooLarge
 from serve.metrics import Metrics
 
 log = logging.getLogger("serve.access")
@@ -15,7 +15,12 @@ _MAX_REQUEST_ID_CHARS = 128
 
 
 class RequestObserver:
-    """Echoes or makes ``x-request-id``, and counts and logs each answer; never its content."""
+    """Echoes or makes ``x-request-id``, and counts and logs each answer; never its content.
+
+    The log is ``serve.access``, one line a request at level INFO: its path is the route's template, without ids.
+
+    What the scope holds as ``instructloop.headers`` is added to the answer, whoever makes it.
+    """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -35,7 +40,8 @@ class RequestObserver:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 kept = [(name, value) for name, value in message["headers"] if name.lower() != b"x-request-id"]
-                message["headers"] = [*kept, (b"x-request-id", request_id.encode("latin-1"))]
+                added = scope.get("instructloop.headers", ())
+                message["headers"] = [*kept, *added, (b"x-request-id", request_id.encode("latin-1"))]
             await send(message)
 
         try:
@@ -47,17 +53,16 @@ class RequestObserver:
             # A client that left before the answer began shows as 499, nginx's word for it.
             self._metrics.requests.labels(route, status or 499, version).inc()
             self._metrics.request_seconds.labels(route).observe(seconds)
-            log.debug(
-                "request",
-                extra={
+            if log.isEnabledFor(logging.INFO):
+                told = {
                     "request_id": request_id,
                     "method": scope["method"],
                     "route": route,
-                    "status": status,
+                    "status": status or 499,
                     "policy_version": version,
                     "seconds": round(seconds, 4),
-                },
-            )
+                }
+                log.info("request", extra=told)
 
 
 class BodyLimit:
@@ -68,7 +73,7 @@ class BodyLimit:
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request; the route's read of the body raises BodyTooLarge."""
+        """One request; the route's read of the body raises HTTPException."""
         read = 0
 
         async def counted() -> Message:
@@ -77,7 +82,8 @@ class BodyLimit:
             if message["type"] == "http.request":
                 read += len(message.get("body", b""))
                 if read > self._max_body_bytes:
-                    raise BodyTooLarge(f"the request body may have at most {self._max_body_bytes} bytes")
+                    # The one exception that FastAPI lets through while it reads a body.
+                    raise HTTPException(413, f"the request body may have at most {self._max_body_bytes} bytes")
             return message
 
         await self._app(scope, counted if scope["type"] == "http" else receive, send)

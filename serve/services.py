@@ -7,6 +7,7 @@ from fastapi import Depends, Request
 
 from feedback.settings import FeedbackSettings
 from feedback.store import FeedbackStore
+from serve.auth import Access, Rates
 from serve.fleet import Fleet
 from serve.metrics import Metrics
 from serve.recording import Recorder
@@ -23,9 +24,11 @@ class Services:
     fleet: Fleet
     recorder: Recorder
     metrics: Metrics
+    access: Access
+    rates: Rates
 
 
-def _services(request: Request) -> Services:
+async def _services(request: Request) -> Services:
     services: Services = request.app.state.services
     return services
 

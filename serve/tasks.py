@@ -4,17 +4,19 @@ import asyncio
 import random
 import secrets
 import time
-from typing import Any
+from typing import Literal
 
 from fastapi import APIRouter
-from pydantic import JsonValue
+from pydantic import BaseModel, Field, JsonValue
 
 from feedback.records import BlindTask, Candidate, Prompt, new_id
 from serve.auth import FeedbackPrincipal
-from serve.engine import Engine
+from serve.engine import CHAT, TEXT, Engine
 from serve.errors import InvalidRequest, NotFound, NotServing
 from serve.feedback_bodies import TaskBody
+from serve.fleet import hold
 from serve.forwarding import completion_id
+from serve.openapi import errors
 from serve.recording import Asked
 from serve.services import Services, ServicesDep
 
@@ -23,8 +25,27 @@ router = APIRouter(prefix="/v1/feedback")
 _SHUFFLE = random.SystemRandom()
 
 
-@router.post("/tasks", status_code=201)
-async def create_task(body: TaskBody, services: ServicesDep, principal: FeedbackPrincipal) -> dict[str, Any]:
+class ShownCandidate(BaseModel):
+    """What a labeler sees of a candidate."""
+
+    index: int
+    text: str
+
+
+class TaskObject(BaseModel):
+    """A prompt with its candidates, to rank by a comparison that names the task."""
+
+    id: str
+    object: Literal["feedback.task"]
+    created: int = Field(description="unix seconds")
+    expires: int = Field(description="unix seconds")
+    prompt: str = Field("", description="absent where the prompt is messages")
+    messages: list[dict[str, JsonValue]] = Field([], description="absent where the prompt is text")
+    candidates: list[ShownCandidate]
+
+
+@router.post("/tasks", status_code=201, response_model_exclude_unset=True, responses=errors(404))
+async def create_task(body: TaskBody, services: ServicesDep, principal: FeedbackPrincipal) -> TaskObject:
     """Sample k candidates, as evenly as k allows from the live arms, and show them without their versions."""
     if body.prompt is not None and body.messages is not None:
         raise InvalidRequest("give at most one of prompt and messages", "prompt")
@@ -51,10 +72,16 @@ async def create_task(body: TaskBody, services: ServicesDep, principal: Feedback
         candidates=tuple(candidates),
     )
     await services.store.keep_task(task)
-    shown: dict[str, Any] = {"id": task.id, "object": "feedback.task", "created": task.created, "expires": task.expires}
-    shown |= {"messages": list(prompt.messages)} if prompt.messages is not None else {"prompt": prompt.text}
-    shown["candidates"] = [{"index": index, "text": c.text} for index, c in enumerate(task.candidates)]
-    return shown
+    asked = {"messages": list(prompt.messages)} if prompt.messages is not None else {"prompt": prompt.text}
+    candidates_shown = [ShownCandidate(index=index, text=c.text) for index, c in enumerate(task.candidates)]
+    return TaskObject(
+        id=task.id,
+        object="feedback.task",
+        created=task.created,
+        expires=task.expires,
+        candidates=candidates_shown,
+        **asked,
+    )
 
 
 async def _pool_prompt(services: Services) -> Prompt:
@@ -68,7 +95,7 @@ async def _pool_prompt(services: Services) -> Prompt:
 async def _sample(
     engine: Engine, prompt: Prompt, n: int, services: Services, principal: str
 ) -> tuple[Prompt, list[Candidate]]:
-    route = "/v1/chat/completions" if prompt.messages is not None else "/v1/completions"
+    route = CHAT if prompt.messages is not None else TEXT
     bare_id = secrets.token_hex(16)
     asked = Asked(
         completion_id=completion_id(route, bare_id),
@@ -94,13 +121,14 @@ async def _sample(
     else:
         body["prompt"] = prompt.text
     services.recorder.expect(asked)
-    engine.running += 1
     try:
-        await engine.complete(route, body, bare_id)
+        with hold(engine):
+            await engine.complete(route, body, bare_id)
         completion = await services.recorder.find(asked.completion_id)
     finally:
-        engine.running -= 1
-        services.recorder.forget(asked.completion_id)
+        tokens = services.recorder.forget(asked.completion_id)
+        if services.rates.counts_tokens(principal):
+            await services.rates.spend(principal, tokens)
     if completion is None:
         raise NotServing("the candidates could not be recorded; try again")
     return completion.prompts[0], [completion.candidate(choice.index) for choice in completion.choices]

@@ -31,7 +31,11 @@ async def test_run_writes_what_gathers(redis_url: str) -> None:
             )
         )
         choice = SampledChoice(0, "x", [5], [-0.5], "stop")
-        recorder.sampled(Sampled(f"{completion_id}-0", [1, 2], [choice], temperature=1.0, top_p=1.0))
+        recorder.sampled(
+            Sampled(
+                f"{completion_id}-0", {}, recorded=True, finished=True, prompt_token_ids=[1, 2], choices={0: choice}
+            )
+        )
     async with asyncio.timeout(5):
         while b"instructloop_recorded_total 20.0" not in metrics.page():
             await asyncio.sleep(0.02)

@@ -1,10 +1,12 @@
 import hashlib
 import itertools
+import json
+import zlib
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import JsonValue, ValidationError
 
 from feedback.errors import CorruptRecord
 from feedback.records import (
@@ -189,3 +191,25 @@ def test_a_stored_completion_names_its_candidates_and_survives_packing() -> None
             unpack(StoredCompletion, damaged)
     with pytest.raises(CorruptRecord, match="BlindTask"):
         unpack(BlindTask, packed)
+
+
+def test_a_message_beyond_text_is_kept_and_records_from_before_have_none() -> None:
+    message: dict[str, JsonValue] = {"role": "assistant", "content": None, "tool_calls": [{"id": "call_1"}]}
+    called = Choice(index=0, text="<call>", token_ids=(5,), logprobs=(-0.5,), finish_reason="stop", message=message)
+    plain = called.model_copy(update={"index": 1, "message": None})
+    kept = StoredCompletion(
+        id="chatcmpl-1",
+        object="chat.completion",
+        created=1,
+        principal="alice",
+        model="policy-v3",
+        policy_version=3,
+        prompts=(Prompt(messages=({"role": "user", "content": "frog"},)),),
+        choices=(called, plain),
+    )
+    assert unpack(StoredCompletion, pack(kept)) == kept
+    before = json.loads(kept.model_dump_json())
+    for choice in before["choices"]:
+        del choice["message"]
+    old = unpack(StoredCompletion, zlib.compress(json.dumps(before).encode()))
+    assert [choice.message for choice in old.choices] == [None, None]

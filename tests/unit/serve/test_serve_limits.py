@@ -1,5 +1,6 @@
 """Each limit is tested at its boundary and one past it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,6 +22,14 @@ SETTINGS = ServeSettings(max_model_len=100)
         ("logprobs", 20, 21),
         ("top_logprobs", 20, 21),
         ("prompt_logprobs", 20, 21),
+        ("min_tokens", 100, 101),
+        ("n", 16, "17"),
+        ("max_tokens", 100, "1"),
+        ("bad_words", ["x"] * 16, ["x"] * 17),
+        ("bad_words", ["x" * 256], ["x" * 257]),
+        ("allowed_token_ids", [1] * 1024, [1] * 1025),
+        ("stop_token_ids", [1] * 1024, [1] * 1025),
+        ("logprob_token_ids", [1] * 1024, [1] * 1025),
         ("stop", ["x"] * 16, ["x"] * 17),
         ("stop", "x" * 256, "x" * 257),
         ("stop", ["x" * 256], ["x" * 257]),
@@ -88,3 +97,66 @@ def test_at_most_32_prompts() -> None:
     assert len(prompts_of({"prompt": ["x"] * 32}, SETTINGS)) == 32
     with pytest.raises(InvalidRequest, match="32"):
         prompts_of({"prompt": ["x"] * 33}, SETTINGS)
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """A schema of objects in objects, ``depth`` schemas deep."""
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth - 1):
+        schema = {"type": "object", "properties": {"inner": schema}}
+    return schema
+
+
+def sized(bytes_long: int) -> dict[str, Any]:
+    """A schema of so many bytes."""
+    return {"description": "x" * (bytes_long - len('{"description":""}'))}
+
+
+WAYS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "response_format": lambda s: {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": s}}
+    },
+    "structured_outputs": lambda s: {"structured_outputs": {"json": s}},
+    "tools": lambda s: {"tools": [{"type": "function", "function": {"name": "f", "parameters": s}}]},
+}
+
+
+@pytest.mark.parametrize("field", WAYS)
+@pytest.mark.parametrize(("at", "past"), [(nested(16), nested(17)), (sized(16 << 10), sized((16 << 10) + 1))])
+def test_a_schema_is_bounded_wherever_it_stands(field: str, at: Any, past: Any) -> None:
+    check_completion(WAYS[field](at), SETTINGS)
+    with pytest.raises(InvalidRequest) as refused:
+        check_completion(WAYS[field](past), SETTINGS)
+    assert refused.value.param == field
+
+
+@pytest.mark.parametrize("field", WAYS)
+def test_regular_expressions_are_refused_in_schemas_but_not_properties_of_that_name(field: str) -> None:
+    check_completion(WAYS[field]({"properties": {"pattern": {"type": "string"}}}), SETTINGS)
+    with_patterns: list[Any] = [{"pattern": "a*"}, {"items": {"patternProperties": {}}}, {"anyOf": [{"pattern": "a"}]}]
+    for schema in with_patterns:
+        with pytest.raises(InvalidRequest, match="pattern"):
+            check_completion(WAYS[field](schema), SETTINGS)
+        check_completion(WAYS[field](schema), SETTINGS.model_copy(update={"allow_grammars": True}))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"structured_outputs": {"regex": "a*"}},
+        {"structured_outputs": {"grammar": "root ::= 'a'"}},
+        {"structured_outputs": {"structural_tag": "{}"}},
+        {"response_format": {"type": "structural_tag"}},
+    ],
+)
+def test_grammars_are_refused_unless_enabled(body: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="not enabled"):
+        check_completion(body, SETTINGS)
+    check_completion(body, SETTINGS.model_copy(update={"allow_grammars": True}))
+
+
+def test_a_schema_in_a_string_is_bounded_too() -> None:
+    check_completion({"structured_outputs": {"json": "{}"}}, SETTINGS)
+    for text in ("{", '{"pattern": "a"}'):
+        with pytest.raises(InvalidRequest, match=r"schema|pattern"):
+            check_completion({"structured_outputs": {"json": text}}, SETTINGS)

@@ -1,5 +1,8 @@
 """How what was asked and what was sampled become one record, on a store that can be away."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from feedback.errors import StoreUnavailable
@@ -12,8 +15,16 @@ from serve.settings import ServeSettings
 
 
 def sampled(request_id: str, *texts: str) -> Sampled:
-    choices = [SampledChoice(i, text, [i + 5], [-0.5], "stop") for i, text in enumerate(texts)]
-    return Sampled(request_id, [1, 2], choices, temperature=1.0, top_p=1.0)
+    choices = {i: SampledChoice(i, text, [i + 5], [-0.5], "stop") for i, text in enumerate(texts)}
+    return Sampled(
+        request_id,
+        {"temperature": 1.0},
+        recorded=True,
+        finished=True,
+        prompt_token_ids=[1, 2],
+        completion_tokens=len(texts),
+        choices=choices,
+    )
 
 
 def asked(completion_id: str, *prompts: str) -> Asked:
@@ -69,6 +80,42 @@ async def test_until_every_prompt_is_finished_nothing_is_recorded(recorder: Reco
     recorder.sampled(sampled("cmpl-a-1", "b"))
     with pytest.raises(StoreUnavailable):  # it is not waiting, so the store is asked
         await recorder.find("cmpl-a")
+
+
+async def test_tokens_are_counted_whether_recorded_finished_or_neither(recorder: Recorder) -> None:
+    ways: list[dict[str, Any]] = [{}, {"recorded": False}, {"finished": False}]
+    for changes in ways:
+        recorder.expect(asked("cmpl-a", "one"))
+        recorder.sampled(replace(sampled("cmpl-a-0", "a", "b"), **changes))
+        if changes:
+            with pytest.raises(StoreUnavailable):  # it is not waiting, so the store is asked
+                await recorder.find("cmpl-a")
+        assert recorder.forget("cmpl-a") == 4
+        recorder._waiting.clear()
+
+
+async def test_a_chat_with_tools_is_kept_as_it_was_answered(recorder: Recorder) -> None:
+    question = replace(asked("chatcmpl-a", "one"), object="chat.completion", answered={})
+    recorder.expect(question)
+    recorder.sampled(sampled("chatcmpl-a", '{"a": 1}'))
+    with pytest.raises(StoreUnavailable):
+        await recorder.find("chatcmpl-a")
+    message: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]}
+    recorder.served("chatcmpl-a", {0: {"message": message, "finish_reason": "tool_calls"}})
+    kept = await recorder.find("chatcmpl-a")
+    assert kept is not None
+    assert (kept.choices[0].message, kept.choices[0].finish_reason) == (message, "tool_calls")
+    assert kept.choices[0].text == '{"a": 1}'
+
+
+async def test_a_completion_of_two_versions_names_neither_as_a_candidate(recorder: Recorder) -> None:
+    recorder.expect(asked("cmpl-a", "one"))
+    part = sampled("cmpl-a-0", "ab", "c")
+    part.choices[0].version_spans = ((3, 0, 1), (4, 1, 2))
+    recorder.sampled(part)
+    kept = await recorder.find("cmpl-a")
+    assert kept is not None
+    assert [kept.candidate(index).policy_version for index in (0, 1)] == [None, 3]
 
 
 async def test_what_nobody_announced_is_not_recorded(recorder: Recorder) -> None:
