@@ -1,5 +1,5 @@
 -- Appends one record to the log, once.
--- KEYS  1 fb:log (stream)  2 fb:idem:* (string)  3 fb:id:* (string)  4 fb:pair:* (string; comparisons only)
+-- KEYS  1 fb:log (stream)  2 fb:idem:* (string)  3 fb:id:* (string)  4 fb:pair:* (string; comparisons and ratings only)
 -- ARGV  1 kind  2 record id  3 json  4 sha256 of json  5 body digest  6 idempotency TTL in seconds
 -- Returns {"new" | "replayed" | "reuse", stream id}: reuse means that the first body was another one.
 local first = redis.call('GET', KEYS[2])

@@ -2,10 +2,13 @@
 
 | key | type | life |
 |---|---|---|
-| ``fb:log`` | stream: ``kind id json sha256`` | source of truth, never trimmed |
+| ``fb:log`` | stream: ``kind id json sha256`` | source of truth, never trimmed; erasing a principal rewrites it |
+| ``fb:log:copy`` | stream: the log without the bytes of erased records, in the making | until it replaces ``fb:log`` |
 | ``fb:id:<record id>`` | string: stream id | as the record |
 | ``fb:idem:<sha256>`` | string: ``<stream id> <body digest>`` | ``idempotency_ttl_seconds`` |
-| ``fb:pair:<sha256>`` | string: latest comparison id of one labeler on one set of candidates | as the record |
+| ``fb:pair:<sha256>`` | string: one labeler's latest comparison id on one set of candidates, or rating id on one choice | as the record |
+| ``fb:erasure:lease`` | string: who erases now | ``ERASURE_LEASE_SECONDS``, renewed |
+| ``fb:erasure:unfinished`` | set: sha256 of principals whose erasure has begun and not ended | as its members |
 | ``fb:probe`` | string: proof that Redis accepts writes | ``PROBE_TTL_SECONDS`` |
 | ``gen:<completion id>`` | string: packed StoredCompletion | ``completion_ttl_seconds``; none with ``store: true`` |
 | ``gen:by:<principal>`` | zset of completion ids by time: those with ``store: true`` | as its members |
@@ -23,11 +26,18 @@ import hashlib
 from typing import Literal
 
 API_KEYS = "auth:keys"
+COMPLETIONS_PATTERN = "gen:*"
+ERASURE_LEASE = "fb:erasure:lease"
+ERASURE_LEASE_SECONDS = 20
+ERASURES_UNFINISHED = "fb:erasure:unfinished"
+IDEMPOTENCY_PATTERN = "fb:idem:*"
 LOG = "fb:log"
+LOG_COPY = "fb:log:copy"
 POOL = "pool:prompts"
 PROBE = "fb:probe"
 PROBE_TTL_SECONDS = 60
 RATE_TTL_SECONDS = 120
+TASKS_PATTERN = "task:*"
 
 
 def stream_id(record_id: str) -> str:
@@ -41,9 +51,9 @@ def idempotency(principal: str, key: str | None, body_digest: str) -> str:
     return f"fb:idem:{_sha256(principal, named)}"
 
 
-def latest_comparison(candidates_key: str) -> str:
-    """The comparison in force for ``Comparison.candidates_key()``."""
-    return f"fb:pair:{candidates_key}"
+def latest(judged_key: str) -> str:
+    """The record in force for ``Comparison.candidates_key()`` or ``Rating.choice_key()``."""
+    return f"fb:pair:{judged_key}"
 
 
 def completion(completion_id: str) -> str:

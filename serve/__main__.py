@@ -4,6 +4,7 @@ import asyncio
 import importlib.metadata
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -60,6 +61,8 @@ def _run(settings: ServeSettings, state: Path, redis_url: str) -> None:
     # Imported here: vLLM reads its environment on import, and takes ten seconds for it.
     from serve.app import create_app
 
+    # uvicorn drains, then raises the signal again; unhandled it would end this process before Redis is let go.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     server = create_app(settings, FeedbackSettings.load(), state, redis_url)
     uvicorn.run(
         server,

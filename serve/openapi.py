@@ -160,19 +160,20 @@ def _complete_completions(
 ) -> None:
     """Add the body that a completion route takes raw, and both ways of answering it."""
     operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": request}}}
-    events = {
-        "type": "string",
-        "description": "Server-sent events, with `stream: true`. The data of each is a chunk as JSON, that of the last "
-        "`[DONE]`. An error in the middle is an event with the error body, and ends the stream.",
-        "contentMediaType": "application/json",
-        "contentSchema": {"anyOf": [{"$ref": _ref(chunk.__name__)}, {"$ref": _ref("Error")}]},
+    told = {"anyOf": [{"$ref": _ref(chunk.__name__)}, {"$ref": _ref("Error")}]}
+    data = {"anyOf": [{"const": "[DONE]"}, {"contentMediaType": "application/json", "contentSchema": told}]}
+    event = {
+        "type": "object",
+        "description": "One server-sent event; with `stream: true`. The last data is `[DONE]`, or an error.",
+        "required": ["data"],
+        "properties": {"data": {"type": "string"} | data},
     }
     answered = operation["responses"]["200"]
     answered["description"] = "The completion, whole or as it is sampled"
     answered["headers"]["x-policy-version"] = _header("x-policy-version")
     answered["content"] = {
         "application/json": {"schema": {"$ref": _ref(answer.__name__)}},
-        "text/event-stream": {"schema": events},
+        "text/event-stream": {"schema": event},
     }
 
 

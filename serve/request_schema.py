@@ -78,8 +78,12 @@ def _request(asked: str, own: Schema, settings: ServeSettings) -> Schema:
     return {
         "type": "object",
         "required": [asked],
-        "properties": own | _openais(settings) | _vllms(settings) | dict.fromkeys(REFUSED_FIELDS, _NOT_SUPPORTED),
+        "properties": own | _openais(settings) | _vllms(settings) | _refused(),
     }
+
+
+def _refused() -> Schema:
+    return dict.fromkeys((field for field in REFUSED_FIELDS if field != "use_beam_search"), _NOT_SUPPORTED)
 
 
 def _openais(settings: ServeSettings) -> Schema:
@@ -139,7 +143,7 @@ def _vllms(settings: ServeSettings) -> Schema:
     return {
         "top_k": {"type": ["integer", "null"], "minimum": -1, "maximum": 2**31 - 1},
         "min_p": {"type": ["number", "null"], "minimum": 0, "maximum": 1},
-        "repetition_penalty": {"type": ["number", "null"], "exclusiveMinimum": 0},
+        "repetition_penalty": {"type": ["number", "null"], "minimum": 0.01, "maximum": 100},
         "min_tokens": {"type": "integer", "minimum": 0, "maximum": settings.max_model_len},
         "stop_token_ids": tokens,
         "allowed_token_ids": tokens | {"minItems": 1},

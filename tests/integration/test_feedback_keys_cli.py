@@ -98,7 +98,7 @@ def test_refusals_exit_1_and_usage_errors_2(redis_url: str, arguments: list[str]
 def test_without_redis_nothing_is_made() -> None:
     gone = keys("redis://127.0.0.1:1", "create", "--principal", "alice", "--scopes", "feedback")
     assert (gone.returncode, gone.stdout) == (1, "")
-    assert "Redis cannot serve" in gone.stderr
+    assert "Redis at redis://127.0.0.1 cannot serve" in gone.stderr
 
 
 def test_the_state_directorys_own_redis_keeps_keys(state_dir: Path) -> None:
