@@ -7,10 +7,10 @@ BIN := .venv/bin
 # One process a core: two libraries that each start a thread per core starve each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup up demo test lint format lock clean
+.PHONY: help setup up demo test bench-serve lint format lock clean
 
 help: ## list the commands
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(STAMP) ## build .venv from the lock
 $(STAMP): $(LOCK) deploy/requirements/torch.txt deploy/requirements/install.sh pyproject.toml
@@ -26,6 +26,9 @@ demo: setup ## one whole improvement cycle with simulated labelers; SEED=n for a
 
 test: lint ## all that CI runs
 	$(BIN)/python -m pytest
+
+bench-serve: setup ## our server against vLLM's own, about 11 minutes of an idle machine; ARGS="--quick --json FILE"
+	PYTHONPATH=.:tests $(BIN)/python tests/bench/bench_serve.py $(ARGS)
 
 lint: setup ## style, types and layers
 	$(BIN)/ruff check .

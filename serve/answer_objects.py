@@ -128,7 +128,6 @@ class ChatCompletionAnswer(_Answer):
 
     object: Literal["chat.completion"]
     choices: list[ChatAnswerChoice]
-    service_tier: str | None = None
     usage: AnswerUsage
 
 
@@ -137,7 +136,6 @@ class TextCompletionAnswer(_Answer):
 
     object: Literal["text_completion"]
     choices: list[TextAnswerChoice]
-    service_tier: str | None = None
     usage: AnswerUsage
 
 

@@ -1,5 +1,6 @@
 """``POST /v1/completions`` and ``/v1/chat/completions``, and the models they can name."""
 
+import hashlib
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
@@ -105,7 +106,7 @@ def _answer(
     asker = Asker(principal, user if isinstance(user, str) else None, _model_of(body))
     asked = {name: value for name, value in body.items() if name not in _OURS}
     # Whether a prefix is cached shows in the time to the first token; principals do not share what they can time.
-    asked["cache_salt"] = principal
+    asked["cache_salt"] = hashlib.sha256(principal.encode()).hexdigest()
     return EngineAnswer(
         services, asker, route, asked, prompts, metadata=body.get("metadata") or {}, store=body.get("store")
     )

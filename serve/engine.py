@@ -44,6 +44,7 @@ from serve.engine_arguments import engine_arguments
 from serve.errors import EngineFailed, EngineRefused, InvalidRequest, NotServing
 from serve.recording import Sampled, SampledChoice
 from serve.settings import ServeSettings
+from serve.weights import RECORDED_ONLY
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +112,8 @@ class _RecordingLLM(AsyncLLM):
             # The sampled token's own log-prob, which PPO needs; it does not show in the client's answer.
             sampling_params = sampling_params.clone()
             sampling_params.logprobs = 0
+            if not sampling_params.stop:  # the engine process does not learn where a stop string ends a request
+                sampling_params.extra_args = {RECORDED_ONLY: True}
             collected = {}
         _COLLECT.set(collected)
         delta = sampling_params.output_kind == RequestOutputKind.DELTA

@@ -31,6 +31,7 @@ def engine_arguments(model: Path, model_id: str, settings: ServeSettings, *, on_
             "--no-enable-chunked-prefill",
             "--max-num-batched-tokens", str(max(settings.max_model_len, _CPU_BATCHED_TOKENS)),
             # The name "uni" would be rewritten to "mp", which costs a third process.
+            "--scheduler-cls", "serve.weights.OnceScheduler",
             "--distributed-executor-backend", "vllm.v1.executor.uniproc_executor.UniProcExecutor",
         ]  # fmt: skip
     return [*arguments, *settings.engine_arguments]

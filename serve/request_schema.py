@@ -70,6 +70,7 @@ def text_request(settings: ServeSettings) -> Schema:
         "logprobs": {"type": ["integer", "null"], "minimum": 0, "maximum": settings.max_logprobs},
         "echo": _FLAG | {"description": "begin each text with its prompt; max_tokens may then be 0"},
         "suffix": _NOT_SUPPORTED,
+        "best_of": {"enum": [1, None], "description": "more is not supported"},
     }
     return _request("prompt", properties, settings)
 

@@ -19,11 +19,17 @@ def asked(text: str) -> list[openai.types.chat.ChatCompletionMessageParam]:
 
 
 def test_models_lists_the_released_policy_and_the_live_version(client: OpenAI) -> None:
-    models = {model.id: model.model_dump() for model in client.models.list()}
+    models = {model.id: model.to_dict() for model in client.models.list()}
     assert list(models) == ["policy", "policy-v1"]
-    assert models["policy-v1"]["policy_version"] == 1
-    assert models["policy-v1"]["release_role"] == "stable"
-    assert client.models.retrieve("policy-v1").model_dump() == models["policy-v1"]
+    assert models["policy-v1"] == {
+        "id": "policy-v1",
+        "object": "model",
+        "created": models["policy"]["created"],
+        "owned_by": "instructloop",
+        "policy_version": 1,
+        "release_role": "stable",
+    }
+    assert client.models.retrieve("policy-v1").to_dict() == models["policy-v1"]
     with pytest.raises(openai.NotFoundError, match="policy, policy-v1"):
         client.models.retrieve("policy-v2")
 
@@ -100,6 +106,10 @@ def test_a_client_cannot_choose_the_completion_id(server: RunningServer) -> None
         ({"model": 7}, 400, "model"),
         ({"messages": None}, 400, "messages"),
         ({"n": 17}, 400, "n"),
+        ({"stop": ["a"] * 17}, 400, "stop"),
+        ({"seed": 2**63}, 400, "seed"),
+        ({"structured_outputs": {"regex": "a*"}}, 400, "structured_outputs"),
+        ({"store": "yes"}, 400, "store"),
         ({"max_tokens": 257}, 400, "max_tokens"),
         ({"temperature": "s3cret"}, 400, "temperature"),
         ({"messages": asked("x" * 300)}, 400, "input_tokens"),
@@ -137,6 +147,10 @@ def test_a_body_that_is_not_json_is_refused(server: RunningServer) -> None:
 
 def test_health_metrics_and_version_answer(server: RunningServer) -> None:
     assert httpx2.get(f"{server.url}/health").json() == {"status": "ok"}
-    page = httpx2.get(f"{server.url}/metrics").text
+    ready = httpx2.get(f"{server.url}/ready").json()
+    assert ready == {"status": "ready", "generation": ready["generation"]}
+    metrics = httpx2.get(f"{server.url}/metrics")
+    assert metrics.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    page = metrics.text
     assert 'instructloop_requests_total{policy_version="1",route="/v1/chat/completions",status="200"}' in page
     assert httpx2.get(f"{server.url}/version").json()["policy_versions"] == [1]

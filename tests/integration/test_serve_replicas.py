@@ -176,18 +176,18 @@ def test_principals_share_no_prefix_cache_and_keep_their_token_rate(
     replicas: tuple[RunningServer, RunningServer],
 ) -> None:
     first, _ = replicas
-    made = {name: make_key(first, name) for name in ("alice", "bob")}  # last in this file: keys close the server
+    made = {name: make_key(first, name) for name in ("ann@x.org", "bob")}  # last in this file: keys close the server
     until(lambda: complete(first, None).status_code == 401, 10)
     while 60 - time.time() % 60 < 20:  # all in one minute
         time.sleep(1)
     cached: dict[str, list[int]] = {}
-    for name in ("alice", "alice", "bob"):
+    for name in ("ann@x.org", "ann@x.org", "bob"):
         answer = complete(first, made[name])
         assert answer.status_code == 200, answer.text
         cached.setdefault(name, []).append(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
-    assert cached["alice"][0] == 0 and cached["alice"][1] > 0
+    assert cached["ann@x.org"][0] == 0 and cached["ann@x.org"][1] > 0
     assert cached["bob"] == [0]
-    refused = complete(first, made["alice"])  # 2 x 210 of 400 tokens are spent
+    refused = complete(first, made["ann@x.org"])  # 2 x 210 of 400 tokens are spent
     assert refused.status_code == 429 and refused.json()["error"]["code"] == "rate_limit_exceeded"
     assert refused.headers["x-ratelimit-remaining-tokens"] == "0"
     assert complete(first, made["bob"]).status_code == 200
