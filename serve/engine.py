@@ -53,7 +53,6 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 _RECORD: ContextVar[bool] = ContextVar("_RECORD", default=False)
 """Whether what the request at hand samples is to be recorded, or only counted."""
-
 _COLLECT: ContextVar[dict[int, list[float]] | None] = ContextVar("_COLLECT", default=None)
 """Where the sampled tokens' log-probs of the request at hand go, by choice, if the client asked for none."""
 
@@ -109,9 +108,8 @@ class _RecordingLLM(AsyncLLM):
         recorded = _RECORD.get()
         collected: dict[int, list[float]] | None = None
         if recorded and sampling_params.logprobs is None and sampling_params.prompt_logprobs is None:
-            # The sampled token's own log-prob, which PPO needs; it does not show in the client's answer.
             sampling_params = sampling_params.clone()
-            sampling_params.logprobs = 0
+            sampling_params.logprobs = 0  # the sampled token's own, which does not show in the client's answer
             if not sampling_params.stop:  # the engine process does not learn where a stop string ends a request
                 sampling_params.extra_args = {RECORDED_ONLY: True}
             collected = {}
@@ -218,6 +216,8 @@ class Engine:
             await init_app_state(llm, engine._state, arguments, await llm.get_supported_tasks())
             engine._relabel()
             await llm.update_weight_version(str(version.number))
+            if current_platform.is_cpu():  # where a token is so cheap that its log-prob counts
+                await llm.collective_rpc("record_cheaply")
             if not await engine.probe(settings.engine_start_timeout_seconds):
                 raise EngineFailed(f"version {version.number} loads, but its engine does not answer")
             await engine.check_canary_prompts()

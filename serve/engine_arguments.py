@@ -21,9 +21,8 @@ def engine_arguments(model: Path, model_id: str, settings: ServeSettings, *, on_
         # Recorded log-probs must be of the distribution that was sampled from.
         "--logprobs-mode", "processed_logprobs",
         "--enable-prompt-tokens-details",
+        "--worker-extension-cls", "serve.weights.PolicyWorker",
     ]  # fmt: skip
-    if settings.max_engines == 1:
-        arguments += ["--worker-extension-cls", "serve.weights.PolicyWeights"]
     if on_cpu:
         arguments += [
             "--enforce-eager",

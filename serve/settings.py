@@ -79,7 +79,7 @@ class ServeSettings(TableSettings):
         1.0, gt=0, description="how often the release is read even if nothing is announced"
     )
     record_interval_seconds: float = Field(
-        0.02, gt=0, description="how long finished completions wait to be recorded together"
+        0.1, gt=0, description="how long finished completions wait to be recorded together; ours: cheaper than 0.02"
     )
     record_capacity: int = Field(
         10_000, gt=0, description="completions that may wait while Redis is away; more are shed"

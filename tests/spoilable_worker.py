@@ -1,5 +1,6 @@
 """A vLLM worker extension for tests: when the file named by SPOIL_FILE appears, the weights in memory go bad."""
 
+import functools
 import os
 import threading
 import time
@@ -9,14 +10,17 @@ from typing import Any
 import torch
 from vllm.model_executor.models.llama import LlamaForCausalLM
 
+from serve.weights import PolicyWorker
+
 _models: list[Any] = []
 
 
-class SpoilableWorker:
-    """Does nothing by itself; importing this module in the engine's process is what counts."""
+class SpoilableWorker(PolicyWorker):
+    """Ours; importing this module in the engine's process is what counts."""
 
 
 def _remembering(initialise: Any) -> Any:
+    @functools.wraps(initialise)  # vLLM looks at its signature
     def remember(model: Any, *args: Any, **options: Any) -> None:
         initialise(model, *args, **options)
         _models.append(model)

@@ -25,8 +25,8 @@ def main(model: str, port: str) -> None:
     quiet = ["--disable-uvicorn-access-log", "--uvicorn-log-level", "warning"]
     where = ["--host", "127.0.0.1", "--port", port]
     arguments = engine_arguments(Path(model), MODEL, settings, on_cpu=current_platform.is_cpu())
-    ours = arguments.index("--scheduler-cls") if "--scheduler-cls" in arguments else len(arguments)
-    del arguments[ours : ours + 2]  # the one argument that is about recording
+    for ours in ("--scheduler-cls", "--worker-extension-cls"):  # what they name is ours
+        del arguments[arguments.index(ours) : arguments.index(ours) + 2]
     sys.argv = ["vllm", *arguments, *where, *quiet]
     entry.main()
 
