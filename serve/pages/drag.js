@@ -6,6 +6,8 @@
 const START_PX = 6;
 
 /**
+ * Let what carries `data-drag` be dragged.
+ *
  * @param {(dragged: string, target: string) => void} onDrop gets the values of both attributes
  */
 export function enableDragging(onDrop) {

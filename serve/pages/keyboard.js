@@ -13,6 +13,7 @@ export class Keyboard {
   constructor(bindings) {
     this.#bindings = bindings;
     document.addEventListener("keydown", (event) => this.#pressed(event));
+    document.addEventListener("mousedown", releaseFocus);
   }
 
   /** Whether single keys act. */
@@ -35,4 +36,15 @@ export class Keyboard {
     event.preventDefault();
     bound(event.key);
   }
+}
+
+/**
+ * A button pressed with the mouse does not take the focus: Enter would press it again, where it should submit.
+ *
+ * @param {MouseEvent} event
+ */
+function releaseFocus(event) {
+  if (!(/** @type {Element} */ (event.target).closest(".tray button, .number"))) return;
+  event.preventDefault();
+  if (document.activeElement instanceof HTMLElement) document.activeElement.blur();
 }

@@ -13,10 +13,10 @@ export function showOutbox(root, outbox) {
   root.hidden = entries.length === 0;
   root.replaceChildren();
   if (waiting > 0) {
-    const many = waiting === 1 ? "1 judgement waits" : `${waiting} judgements wait`;
+    const [many, them] = waiting === 1 ? ["1 judgement waits", "it"] : [`${waiting} judgements wait`, "them"];
     const where = outbox.durable
-      ? "kept in this browser until the server has taken them"
-      : "this browser cannot keep them, so please leave the page open";
+      ? `kept in this browser until the server has taken ${them}`
+      : `this browser cannot keep ${them}, so please leave the page open`;
     const sendNow = element("button", { type: "button", click: () => outbox.send() }, "Send now");
     root.append(element("p", {}, `${many} to be sent: ${where}.`, sendNow));
   }

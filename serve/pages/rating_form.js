@@ -44,7 +44,16 @@ export function ratingForm(candidate, onChange) {
       ...scale,
     ),
     element("fieldset", { class: "flags" }, element("legend", {}, "This answer …"), ...flags),
+    element("button", { type: "button", class: "quiet", click: ({ currentTarget }) => clear(currentTarget) }, "Clear"),
   );
+
+  /** @param {EventTarget | null} button */
+  function clear(button) {
+    for (const input of /** @type {Element} */ (button).parentElement?.querySelectorAll("input") ?? []) {
+      input.checked = false;
+    }
+    onChange(null);
+  }
 }
 
 /**

@@ -5,13 +5,14 @@
  * @returns {AsyncGenerator<any>} the JSON of each event. Throws where the stream ends without its last event.
  */
 export async function* streamedEvents(body) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  const reader = body.getReader();
+  const decoder = new TextDecoder();
   let unread = "";
   try {
     for (;;) {
       const { done, value } = await reader.read();
       if (done) throw new Error("the stream ended early");
-      const lines = (unread + value).split("\n");
+      const lines = (unread + decoder.decode(value, { stream: true })).split("\n");
       unread = /** @type {string} */ (lines.pop());
       for (const line of lines) {
         if (!line.startsWith("data:")) continue;

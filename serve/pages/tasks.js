@@ -56,25 +56,6 @@ export async function askOwnPrompt(api, prompt, { count, labeler, signal }, onTe
   return { key: newKey(), source: { completion_id: completionId }, asked: { messages }, candidates, expires: null, labeler };
 }
 
-/**
- * @param {Work["asked"]} asked
- * @returns {{role: string, text: string}[]} what was asked, as text to show
- */
-export function spokenMessages(asked) {
-  if ("prompt" in asked) return [{ role: "prompt", text: asked.prompt }];
-  return asked.messages.map(({ role, content }) => ({ role: String(role ?? "message"), text: spokenText(content) }));
-}
-
-/**
- * @param {unknown} content a message's: text, or parts
- * @returns {string}
- */
-function spokenText(content) {
-  if (typeof content === "string") return content;
-  if (!Array.isArray(content)) return content == null ? "" : JSON.stringify(content);
-  return content.map((part) => (typeof part?.text === "string" ? part.text : "")).join("");
-}
-
 /** @returns {string} 128 random bits; unlike `crypto.randomUUID` also where the page came over plain HTTP */
 function newKey() {
   return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
