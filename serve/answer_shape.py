@@ -8,6 +8,7 @@ NOT_OPENAIS: Any = {
         ("prompt_logprobs", "prompt_token_ids", "prompt_text", "kv_transfer_params", "ec_transfer_params", "metrics"),
         True,
     ),
+    "service_tier": True,  # always null; OpenAI's text completions do not have it
     "usage": {"prompt_tokens_details": {"created_cache_tokens", "multimodal_tokens"}},
     "choices": {
         "__all__": {

@@ -23,6 +23,8 @@ def engine_arguments(model: Path, model_id: str, settings: ServeSettings, *, on_
         "--enable-prompt-tokens-details",
         "--worker-extension-cls", "serve.weights.PolicyWorker",
     ]  # fmt: skip
+    if settings.tool_call_parser:
+        arguments += ["--enable-auto-tool-choice", "--tool-call-parser", settings.tool_call_parser]
     if on_cpu:
         arguments += [
             "--enforce-eager",

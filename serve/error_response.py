@@ -6,6 +6,7 @@ its mid-stream errors. Messages never echo the offending value.
 
 import json
 import logging
+import re
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -32,6 +33,11 @@ log = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 5
 """What a client is told to wait after 429 and 503; at most 60 by contract."""
+
+_REPEATED = re.compile(
+    r" \(parameter=.*\)$|[.,]? (?:but )?[Gg]ot .*$| \[[^]]*\](?= in )|: \{.*\}$|(?<=Token id) \d+", re.DOTALL
+)
+"""Where vLLM's messages repeat what was sent."""
 
 _TYPES = {
     401: "authentication_error",
@@ -67,7 +73,8 @@ def error_response(
 def stream_error(error: dict[str, Any]) -> bytes:
     """VLLM's error in the middle of a stream (its ``code`` is a number) as an event in our shape."""
     status = error.get("code")
-    body = error_body(status if isinstance(status, int) else 500, str(error.get("message") or "the engine failed"))
+    message = _REPEATED.sub("", str(error.get("message") or "")) or "the engine failed"
+    body = error_body(status if isinstance(status, int) else 500, message)
     return b"data: " + json.dumps(body).encode() + b"\n\n"
 
 
@@ -119,7 +126,8 @@ async def _engine_refused(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, EngineRefused)
     if error.status == 503:  # its queue is full; to a client that is a rate, not an outage
         return error_response(429, str(error), None, "queue_full")
-    return error_response(error.status, str(error), error.param)
+    status = 500 if error.status >= 500 else 400  # of vLLM's other statuses a client learns nothing more
+    return error_response(status, _REPEATED.sub("", str(error)) or "the engine failed", error.param)
 
 
 async def _rate_exceeded(request: Request, error: Exception) -> JSONResponse:

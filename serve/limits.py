@@ -44,17 +44,24 @@ def check_completion(body: dict[str, Any], settings: ServeSettings) -> None:
     for field in REFUSED_FIELDS:
         if body.get(field) is not None:
             raise InvalidRequest(f"{field} is not supported", field)
-    for field, limit in (
-        ("n", settings.max_n),
-        ("best_of", settings.max_n),
-        ("max_tokens", settings.max_model_len),
-        ("max_completion_tokens", settings.max_model_len),
-        ("min_tokens", settings.max_model_len),
-        ("logprobs", settings.max_logprobs),
-        ("top_logprobs", settings.max_logprobs),
-        ("prompt_logprobs", settings.max_logprobs),
+    for field, least, most in (
+        ("n", 1, settings.max_n),
+        ("best_of", 1, 1),  # vLLM knows it no more, and would drop it in silence
+        ("max_tokens", 0, settings.max_model_len),
+        ("max_completion_tokens", 0, settings.max_model_len),
+        ("min_tokens", 0, settings.max_model_len),
+        ("logprobs", 0, settings.max_logprobs),
+        ("top_logprobs", 0, settings.max_logprobs),
+        ("prompt_logprobs", 0, settings.max_logprobs),
+        ("temperature", 0, 2),
+        ("top_p", 0, 1),
+        ("min_p", 0, 1),
+        ("top_k", -1, 2**31 - 1),  # past 64 bits it does not reach the engine, and the request fails
+        ("presence_penalty", -2, 2),
+        ("frequency_penalty", -2, 2),
+        ("repetition_penalty", 0.01, 100),  # far beyond, logits are no numbers any more
     ):
-        _at_most(body, field, limit)
+        _between(body, field, least, most)
     for field in ("logit_bias", "allowed_token_ids", "stop_token_ids", "logprob_token_ids"):
         _count(field, body.get(field), settings.max_logit_bias)
     stops = body.get("stop")
@@ -65,6 +72,7 @@ def check_completion(body: dict[str, Any], settings: ServeSettings) -> None:
         if isinstance(words, list) and any(isinstance(w, str) and len(w) > settings.max_stop_chars for w in words):
             raise InvalidRequest(f"each entry of {field} may have at most {settings.max_stop_chars} characters", field)
     _check_constraints(body, settings)
+    _check_together(body)
     if body.get("store") not in (None, True, False):
         raise InvalidRequest("store must be true, false or null", "store")
     _check_metadata(body, settings)
@@ -100,12 +108,15 @@ def _is_token(item: Any) -> bool:
     return isinstance(item, int) and not isinstance(item, bool)
 
 
-def _at_most(body: dict[str, Any], field: str, limit: int) -> None:
+def _between(body: dict[str, Any], field: str, least: float, most: float) -> None:
     value = body.get(field)
     if isinstance(value, str):  # vLLM would read it as a number, and past the limit
         raise InvalidRequest(f"{field} must be a number", field)
-    if isinstance(value, int | float) and not isinstance(value, bool) and value > limit:
-        raise InvalidRequest(f"{field} may be at most {limit}", field)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if value > most:
+            raise InvalidRequest(f"{field} may be at most {most}", field)
+        if value < least:
+            raise InvalidRequest(f"{field} must be at least {least}", field)
 
 
 def _count(field: str, value: Any, limit: int) -> None:
@@ -116,7 +127,9 @@ def _count(field: str, value: Any, limit: int) -> None:
 def _check_constraints(body: dict[str, Any], settings: ServeSettings) -> None:
     """Bounds what a client can have compiled: JSON schemas by size and depth, and no regular expressions."""
     constraints = body.get("structured_outputs")
-    if isinstance(constraints, dict):
+    if constraints is not None and not isinstance(constraints, dict):
+        raise InvalidRequest("structured_outputs must be an object", "structured_outputs")
+    if constraints is not None:
         if not settings.allow_grammars and any(constraints.get(kind) is not None for kind in _GRAMMARS):
             raise InvalidRequest(f"{', '.join(_GRAMMARS)} are not enabled on this server", "structured_outputs")
         _count("structured_outputs", constraints.get("choice"), settings.max_logit_bias)
@@ -129,7 +142,32 @@ def _check_constraints(body: dict[str, Any], settings: ServeSettings) -> None:
         _check_schema("response_format", named.get("schema") if isinstance(named, dict) else None, settings)
     for tool in body["tools"] if isinstance(body.get("tools"), list) else ():
         function = tool.get("function") if isinstance(tool, dict) else None
-        _check_schema("tools", function.get("parameters") if isinstance(function, dict) else None, settings)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise InvalidRequest('each of tools must be {"type": "function", "function": {"name": …}}', "tools")
+        _check_schema("tools", function.get("parameters"), settings)
+
+
+def _check_together(body: dict[str, Any]) -> None:
+    # Where both leave no token at all, the engine ends the request with an error of its own.
+    response_format = body.get("response_format")
+    free = response_format is None or response_format == {"type": "text"}
+    if not free or body.get("structured_outputs") is not None or body.get("tools") is not None:
+        for field in ("allowed_token_ids", "bad_words"):
+            if body.get(field):
+                raise InvalidRequest(f"{field} does not go with structured outputs or tools", field)
+    if any(_beyond_64_bits(value) for field, value in body.items() if field not in ("prompt", "messages")):
+        raise InvalidRequest("a field holds an integer of more than 64 bits")
+
+
+def _beyond_64_bits(value: Any) -> bool:
+    pending = [value]  # whatever is nested in what; vLLM encodes it for its engine process
+    while pending:
+        value = pending.pop()
+        if isinstance(value, int) and not -(2**63) <= value < 2**64:
+            return True
+        if isinstance(value, dict | list):
+            pending += value.values() if isinstance(value, dict) else value
+    return False
 
 
 def _check_schema(field: str, schema: Any, settings: ServeSettings) -> None:

@@ -153,7 +153,7 @@ def _vllms(settings: ServeSettings) -> Schema:
         "skip_special_tokens": {"type": "boolean"},
         "include_stop_str_in_output": {"type": "boolean"},
         "structured_outputs": {
-            "description": "exactly one constraint",
+            "description": "exactly one constraint; not with allowed_token_ids or bad_words",
             "anyOf": [{"type": "null"}, *({"type": "object"} | constraint for constraint in constraints)],
         },
         "prompt_logprobs": {

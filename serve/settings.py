@@ -46,6 +46,9 @@ class ServeSettings(TableSettings):
     )
     kv_cache_gib: int = Field(1, gt=0, description="GiB of key-value cache per engine on CPU (VLLM_CPU_KVCACHE_SPACE)")
     engine_threads: int = Field(1, gt=0, description="OMP threads of one engine on CPU")
+    tool_call_parser: str = Field(
+        "hermes", description="vLLM's parser of tool calls, by the model's training; empty for none, and no tool_choice"
+    )
     engine_arguments: tuple[str, ...] = Field((), description="more vLLM arguments, passed through as written")
     max_engines: int = Field(
         3,

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 from labeling_server import LabelingServer, serving
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, expect, sync_playwright
+
+_PATIENCE_MS = 20_000.0
+"""For a machine whose two cores have other work."""
 
 
 @pytest.fixture(scope="module")  # not longer: while the driver runs, no asyncio test can
@@ -20,6 +23,7 @@ def browser() -> Iterator[Browser]:
             if os.environ.get("CI") == "true":
                 pytest.fail(missing)
             pytest.skip(missing)
+        expect.set_options(timeout=_PATIENCE_MS)
         running = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield running
         running.close()
@@ -55,7 +59,7 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
             color_scheme="dark" if dark else "light",
         )
         contexts.append(context)
-        context.set_default_timeout(10_000)
+        context.set_default_timeout(_PATIENCE_MS)
         page = context.new_page()
         page.on("console", heard)
         page.on("pageerror", lambda error: problems.append(str(error)))

@@ -110,6 +110,14 @@ def test_a_client_cannot_choose_the_completion_id(server: RunningServer) -> None
         ({"seed": 2**63}, 400, "seed"),
         ({"structured_outputs": {"regex": "a*"}}, 400, "structured_outputs"),
         ({"store": "yes"}, 400, "store"),
+        ({"best_of": 2}, 400, "best_of"),
+        ({"top_k": 10**20}, 400, "top_k"),
+        ({"stream_interval": 10**30}, 400, None),
+        ({"repetition_penalty": 5e-324}, 400, "repetition_penalty"),
+        ({"structured_outputs": "s3cret"}, 400, "structured_outputs"),
+        ({"structured_outputs": {"choice": ["a"]}, "allowed_token_ids": [0]}, 400, "allowed_token_ids"),
+        ({"response_format": {"type": "json_object"}, "bad_words": ["{"]}, 400, "bad_words"),
+        ({"tools": [{}], "tool_choice": {"type": "function", "function": {"name": "s3cret"}}}, 400, "tools"),
         ({"max_tokens": 257}, 400, "max_tokens"),
         ({"temperature": "s3cret"}, 400, "temperature"),
         ({"messages": asked("x" * 300)}, 400, "input_tokens"),
@@ -129,6 +137,16 @@ def test_bad_requests_are_refused_in_the_one_error_shape(
     assert error["param"] == param
     assert "s3cret" not in answer.text
     assert error["code"] == ("model_not_found" if status == 404 else None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("top_p", 77.0), ("stop_token_ids", [77777]), ("logit_bias", {"77777": 1}), ("bad_words", ["77", ""])],
+)
+def test_a_value_at_fault_is_never_repeated(server: RunningServer, field: str, value: object) -> None:
+    answer = httpx2.post(f"{server.url}/v1/completions", json={"prompt": "hello", field: value})
+    assert answer.status_code == 400
+    assert "77" not in answer.json()["error"]["message"]
 
 
 def test_an_oversized_body_is_refused_while_it_is_read(server: RunningServer) -> None:

@@ -16,7 +16,7 @@ SETTINGS = ServeSettings(max_model_len=100)
     ("field", "at", "past"),
     [
         ("n", 16, 17),
-        ("best_of", 16, 17),
+        ("best_of", 1, 2),
         ("max_tokens", 100, 101),
         ("max_completion_tokens", 100, 101),
         ("logprobs", 20, 21),
