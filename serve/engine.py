@@ -26,6 +26,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.envs import disable_envs_cache, enable_envs_cache
 from vllm.inputs import TokensPrompt
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
@@ -171,15 +172,15 @@ def _gather(ended: Sampled, output: RequestOutput, *, delta: bool) -> None:
 class Engine:
     """A live policy version. Make one with ``start``; end it with ``close``."""
 
-    def __init__(self, version: Version, model_id: str, llm: _RecordingLLM, settings: ServeSettings) -> None:
-        self.running = 0
-        """Completion requests being served now; the fleet drains on it."""
-        self.metrics = CollectorRegistry()
+    running = 0
+    """Completion requests being served now; the fleet drains on it."""
+
+    def __init__(self, llm: _RecordingLLM, metrics: CollectorRegistry, settings: ServeSettings) -> None:
+        self.metrics = metrics
         """VLLM's own metrics of this engine."""
         self._llm = llm
         self._settings = settings
         self._state = State()
-        self._became(version, model_id)
 
     def _became(self, version: Version, model_id: str) -> None:
         self._version = version
@@ -188,6 +189,8 @@ class Engine:
         self.created = version.manifest.created.timestamp()
         self.tokenizer = version.tokenizer_digest
         """Names the tokenizer of recorded token ids."""
+        named = BaseModelPath(name=model_id, model_path=str(version.path))
+        self._state.openai_serving_models.base_model_paths[:] = [named]  # vLLM's registry shares the list
 
     @classmethod
     async def start(
@@ -200,6 +203,7 @@ class Engine:
             engine_arguments(version.path, started_as, settings, on_cpu=current_platform.is_cpu())
         )
         registry = CollectorRegistry()
+        disable_envs_cache()
         try:
             config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
             # Loading takes many seconds and blocks; completions of the other engines go on meanwhile.
@@ -210,11 +214,12 @@ class Engine:
             )
         except (RuntimeError, ValueError, OSError, TimeoutError) as error:
             raise EngineFailed(f"version {version.number} does not load: {error}") from error
-        engine = cls(version, model_id, llm, settings)
-        engine.metrics = registry
+        finally:
+            enable_envs_cache()  # vLLM looks up dozens of environment variables for each request
+        engine = cls(llm, registry, settings)
         try:
             await init_app_state(llm, engine._state, arguments, await llm.get_supported_tasks())
-            engine._relabel()
+            engine._became(version, model_id)
             await llm.update_weight_version(str(version.number))
             if current_platform.is_cpu():  # where a token is so cheap that its log-prob counts
                 await llm.collective_rpc("record_cheaply")
@@ -226,10 +231,6 @@ class Engine:
             raise
         llm.on_sampled = on_sampled
         return engine
-
-    def _relabel(self) -> None:
-        named = BaseModelPath(name=self.model_id, model_path=str(self._version.path))
-        self._state.openai_serving_models.base_model_paths[:] = [named]  # vLLM's registry shares the list
 
     async def complete(
         self, route: str, body: dict[str, Any], bare_id: str, *, recorded: bool = True
@@ -286,11 +287,12 @@ class Engine:
         for number, canary in enumerate(self._version.manifest.canary_prompts):
             token_ids, logprobs = await self._greedy(canary)
             apart = max((abs(a - b) for a, b in zip(logprobs, canary.logprobs, strict=False)), default=0.0)
-            if tuple(token_ids) != tuple(canary.completion_token_ids) or not apart <= tolerance:
+            equal = token_ids == list(canary.completion_token_ids)
+            if not equal or not apart <= tolerance:
                 raise EngineFailed(
                     f"version {self.version} does not reproduce canary prompt {number} of its manifest: "
-                    f"tokens {'equal' if tuple(token_ids) == tuple(canary.completion_token_ids) else 'differ'}, "
-                    f"log-probs up to {apart:.2g} nats apart (limit {tolerance:.2g})"
+                    f"tokens {'equal' if equal else 'differ'}, log-probs up to {apart:.2g} nats apart "
+                    f"(limit {tolerance:.2g})"
                 )
 
     async def _greedy(self, canary: CanaryPrompt) -> tuple[list[int], list[float]]:
@@ -358,8 +360,6 @@ class Engine:
             self._became(*old)
             await self._load(old[0])
             raise EngineFailed(f"version {version.number} is not served: {error}") from error
-        finally:
-            self._relabel()
 
     async def _load(self, version: Version) -> None:
         keep = self._settings.swap == "keep"
