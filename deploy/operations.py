@@ -14,6 +14,7 @@ from deploy.release import Release
 from deploy.settings import VerdictSettings
 from deploy.verdict import Verdict, judge
 from deploy.versions import Version, VersionKind
+from feedback.controls import in_force
 from feedback.preference import preferences
 from feedback.records import Comparison
 from feedback.store import FeedbackStore
@@ -68,8 +69,5 @@ async def current_verdict(feedback: FeedbackStore, release: Release, settings: V
     if release.canary is None or release.stable is None:
         return Verdict()
     began = f"{int(release.changed_at * 1000)}-0"
-    in_force: dict[str, Comparison] = {}
-    async for entry in feedback.scan(after=began):
-        if isinstance(entry.record, Comparison):
-            in_force[entry.record.candidates_key()] = entry.record
-    return judge(preferences(in_force.values(), release.canary, release.stable), settings)
+    given = [entry.record async for entry in feedback.scan(after=began) if isinstance(entry.record, Comparison)]
+    return judge(preferences(in_force(given).ordinary, release.canary, release.stable), settings)

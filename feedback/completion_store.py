@@ -1,4 +1,4 @@
-"""The part of ``FeedbackStore`` that keeps served completions, the prompts they answered, and blind tasks.
+"""The part of ``FeedbackStore`` that keeps served completions and blind tasks.
 
 Unlike the log, all of it can go: it expires, its maker deletes it, or the prompt pool is trimmed. Its users hold a
 ``FeedbackStore``, which extends this class.
@@ -13,8 +13,8 @@ from redis.asyncio import Redis
 
 from feedback import keys
 from feedback.errors import CorruptRecord, FeedbackError
-from feedback.records import BlindTask, PooledPrompt, StoredCompletion, pack, unpack
-from feedback.redis_store import RedisStore
+from feedback.pool import PromptPool, unscored
+from feedback.records import BlindTask, StoredCompletion, pack, unpack
 from feedback.settings import FeedbackSettings
 
 MAX_BATCH = 128
@@ -29,7 +29,7 @@ class NotStored(FeedbackError):
     """The named completion is not one of the principal's with ``store: true``, or not any more."""
 
 
-class CompletionStore(RedisStore):
+class CompletionStore(PromptPool):
     """Completions, prompts and tasks in Redis; every method may raise StoreUnavailable."""
 
     def __init__(self, client: Redis, settings: FeedbackSettings, where: str) -> None:
@@ -49,7 +49,10 @@ class CompletionStore(RedisStore):
                     pipe.zadd(keys.completions_of(completion.principal), {completion.id: completion.created})
                 else:
                     pipe.set(key, packed, ex=self._settings.completion_ttl_seconds)
-            pipe.zadd(keys.POOL, {completion.id: completion.created for completion in wanted})
+            # What a blind task asked came from the pool, whose first asker's completion decides how long it stays.
+            asked = [one for one in wanted if all(prompt.asked_by is None for prompt in one.prompts)]
+            if asked:
+                pipe.zadd(keys.POOL, {completion.id: unscored(completion.created) for completion in asked})
             pipe.zremrangebyrank(keys.POOL, 0, -self._settings.pool_prompts - 1)
             await pipe.execute()
 
@@ -122,33 +125,18 @@ class CompletionStore(RedisStore):
             [deleted, *_] = await pipe.execute()
         return bool(deleted)
 
-    async def pool_prompts(self, count: int) -> list[PooledPrompt]:
-        """At most ``count`` different prompts of kept completions, newest first, with who asked them last."""
-        found: dict[str, PooledPrompt] = {}
-        start = 0
-        while len(found) < count:
-            async with self._answering():
-                ids: _Reply = await self._redis.zrevrange(keys.POOL, start, start + count - 1)
-                packed: _Reply = await self._redis.mget([keys.completion(i.decode()) for i in ids]) if ids else []
-            if not ids:
-                break
-            gone = []
-            for completion_id, kept in zip(ids, packed, strict=True):
-                try:
-                    completion = unpack(StoredCompletion, kept) if kept is not None else None
-                except CorruptRecord as error:
-                    _log.error("%s leaves the prompt pool: %s", completion_id.decode(), error)
-                    completion = None
-                if completion is None:
-                    gone.append(completion_id)
-                    continue
-                for prompt in completion.prompts:
-                    found.setdefault(prompt.key(), PooledPrompt(principal=completion.principal, prompt=prompt))
-            if gone:
-                async with self._answering():
-                    await self._redis.zrem(keys.POOL, *gone)
-            start += len(ids) - len(gone)
-        return list(found.values())[:count]
+    async def delete_completions(self, completions: Sequence[StoredCompletion]) -> int:
+        """Delete many at once, as ``delete_completion`` does one; returns how many there still were."""
+        deleted = 0
+        for start in range(0, len(completions), MAX_BATCH):
+            async with self._answering(), self._redis.pipeline(transaction=False) as pipe:
+                batch = completions[start : start + MAX_BATCH]
+                pipe.delete(*(keys.completion(completion.id) for completion in batch))
+                pipe.zrem(keys.POOL, *(completion.id for completion in batch))
+                for completion in batch:
+                    pipe.zrem(keys.completions_of(completion.principal), completion.id)
+                deleted += (await pipe.execute())[0]
+        return deleted
 
     async def keep_task(self, task: BlindTask) -> None:
         """Keep a blind task until its labeler's comparison can no longer be in time."""

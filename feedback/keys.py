@@ -6,14 +6,18 @@
 | ``fb:log:copy`` | stream: the log without the bytes of erased records, in the making | until it replaces ``fb:log`` |
 | ``fb:id:<record id>`` | string: stream id | as the record |
 | ``fb:idem:<sha256>`` | string: ``<stream id> <body digest>`` | ``idempotency_ttl_seconds`` |
-| ``fb:pair:<sha256>`` | string: one labeler's latest comparison id on one set of candidates, or rating id on one choice | as the record |
+| ``fb:pair:<sha256>`` | string: a labeler's latest comparison of some candidates, or rating of one | as the record |
 | ``fb:erasure:lease`` | string: who erases now | ``ERASURE_LEASE_SECONDS``, renewed |
 | ``fb:erasure:unfinished`` | set: sha256 of principals whose erasure has begun and not ended | as its members |
 | ``fb:probe`` | string: proof that Redis accepts writes | ``PROBE_TTL_SECONDS`` |
 | ``gen:<completion id>`` | string: packed StoredCompletion | ``completion_ttl_seconds``; none with ``store: true`` |
 | ``gen:by:<principal>`` | zset of completion ids by time: those with ``store: true`` | as its members |
 | ``task:<task id>`` | string: packed BlindTask | ``task_ttl_seconds`` |
-| ``pool:prompts`` | zset of completion ids by time: prompts for labelers | trimmed to ``pool_prompts`` members |
+| ``task:seen:<sha256>`` | set: digests of the prompts a labeler was given | ``labeler_memory_seconds``, renewed |
+| ``task:given:<sha256>`` | list of a labeler's task ids, newest first | ``task_ttl_seconds``, renewed |
+| ``pool:prompts`` | zset of completion ids by informativeness, nats | trimmed to ``pool_prompts`` members |
+| ``pool:golden`` | zset of ids of golden comparisons by number of candidates | as its members |
+| ``pool:golden:cursor`` | string: stream id up to which the log was looked through for them | as the log |
 | ``auth:key:<sha256>`` | hash, the fields of ApiKey: never the key itself | for ever, revoked or not |
 | ``auth:keys`` | set: the sha256 of every key ever made | for ever |
 | ``rl:<principal>:requests:<minute>`` | int: requests admitted in that minute of unix time | ``RATE_TTL_SECONDS`` |
@@ -30,6 +34,8 @@ COMPLETIONS_PATTERN = "gen:*"
 ERASURE_LEASE = "fb:erasure:lease"
 ERASURE_LEASE_SECONDS = 20
 ERASURES_UNFINISHED = "fb:erasure:unfinished"
+GOLDEN = "pool:golden"
+GOLDEN_CURSOR = "pool:golden:cursor"
 IDEMPOTENCY_PATTERN = "fb:idem:*"
 LOG = "fb:log"
 LOG_COPY = "fb:log:copy"
@@ -69,6 +75,16 @@ def completions_of(principal: str) -> str:
 def task(task_id: str) -> str:
     """A blind task."""
     return f"task:{task_id}"
+
+
+def given_prompts(labeler: str) -> str:
+    """The prompts a labeler was given, and ids of pooled completions that have no other."""
+    return f"task:seen:{_sha256(labeler)}"
+
+
+def given_tasks(labeler: str) -> str:
+    """The tasks a labeler was given that may be repeated."""
+    return f"task:given:{_sha256(labeler)}"
 
 
 def api_key(sha256: str) -> str:

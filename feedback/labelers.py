@@ -3,46 +3,26 @@
 An *item* is an unordered pair of candidates; a ranking of K candidates judges C(K, 2) items, but holds only
 K − 1 independent judgements, so each of its pairs weighs 2/K wherever evidence is counted.
 
-**Reliability** follows Crowd-BT (Chen, Bennett, Collins-Thompson and Horvitz 2013, "Pairwise ranking aggregation in
-a crowdsourced setting", WSDM): labeler k reports the preference with probability η_k and its opposite otherwise,
-
-    P(k prefers i to j) = η_k σ(s_i − s_j) + (1 − η_k) σ(s_j − s_i),        a tie: half of each.
-
-η near 1 is a careful labeler, ½ one who guesses, below ½ one who inverts. Every candidate has played a
-virtual opponent, s_i ~ N(m_i, τ²): m_i is 0, or an outside score. η_k ~ Beta(4, 1). The paper maximises over s and η
-together; with few judgements an item, s then bends to what each labeler said and vouches for it (30 labelers, 3
-judgements an item, 100 each: largest error 0.45, half of the intervals missed). Here s is integrated out by expectation
-propagation (Minka 2001), and labeler k is held only against what the *others* and the outside scores say of an item;
-without either, the prior stays. Intervals are normal in logit η (Laplace), given the others. Time grows with the
-cube of the number of candidates that hang together by comparisons.
+**Reliability** η is the probability that a labeler reports the preference the others see (``feedback.crowd_bt``): near
+1 a careful labeler, ½ one who guesses, below ½ one who inverts. A labeler nobody checks keeps the prior's.
 """
 
-import hashlib
 import itertools
-import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import expit, logit
 from scipy.stats import binomtest
 
-from feedback.preference import Z95, Estimate, Floats, Indices, as_gaussian, first_preferred, score_groups
-from feedback.records import Comparison
-
-_LOGGER = logging.getLogger(__name__)
-
-PRIOR_AGREES, PRIOR_DIFFERS = 4.0, 1.0
-"""Beta prior of η: mean 0.8, worth five judgements. Ours; two labelers of η = 0.84 agree on the 72.6 % of InstructGPT
-§3.4. In simulation, Beta(8, 2) hid inverters longer and its intervals missed them more often."""
+from feedback.controls import Repeat
+from feedback.crowd_bt import PRIOR_AGREES, PRIOR_DIFFERS, Judgements, reliabilities
+from feedback.preference import Estimate, Floats
+from feedback.records import Comparison, candidate_identity
 
 PRIOR_WEIGHT = 2 * PRIOR_AGREES / (PRIOR_AGREES + PRIOR_DIFFERS) - 1
 """Training weight of a labeler nothing is known of."""
-
-PRIOR_SPREAD, PRIOR_SPREAD_CANDIDATES = 1.5, 20.0
-"""τ before any evidence, in logits, and how many candidates' worth it counts; τ is learnt. Ours."""
 
 LEAST_MILLISECONDS, CHARACTERS_PER_SECOND = 300.0, 100.0
 """An answer is implausibly fast below 300 ms, or above 100 characters a second over all candidates: four times
@@ -51,8 +31,6 @@ the mean silent reading rate, 238 words a minute (Brysbaert 2019). Ours."""
 NOMINAL = 1 - np.eye(3)
 ORDINAL = np.subtract.outer([1.0, 0.0, -1.0], [1.0, 0.0, -1.0]) ** 2
 """Squared distances between the answers first better, tie, second better."""
-
-_SWEEPS, _DAMPING, _OVERRELAXED, _TOLERANCE = 200, 0.7, 1.8, 3e-3
 
 
 @dataclass(frozen=True)
@@ -66,6 +44,8 @@ class LabelerReport:
         reliability: η, MAP in logit η, with its interval; ``n`` is the judgements it could be held against.
         agreement: share of judgements others gave the same answer to (a tie is an answer), each item once.
         golden: share of trusted items judged as the trusted answer says.
+        repeats: share of items judged the same again when they were shown a second time, in reverse. It tells who
+            tosses a coin or goes by the place from who looks; not who is right, so reliability does not rest on it.
         first_shown: share of blind tasks in which, over all pairs, the earlier-shown candidates were preferred.
         first_shown_p: two-sided exact binomial p-value of that share being ½; 1 without evidence.
         speed: robust z of the median log time per choice among labelers, negative is fast; None below three labelers.
@@ -78,6 +58,7 @@ class LabelerReport:
     reliability: Estimate
     agreement: Estimate | None
     golden: Estimate | None
+    repeats: Estimate | None
     first_shown: Estimate | None
     first_shown_p: float
     speed: float | None
@@ -113,72 +94,40 @@ class CrowdReport:
     spread: float
 
 
-@dataclass(frozen=True)
-class _Judgements:
-    """One row per judged item, [R] each.
-
-    ``answer`` is 1 where ``first`` (the lower-numbered candidate) was preferred, −1 where ``second``, 0 for a tie.
-    """
-
-    labelers: tuple[str, ...]
-    candidates: tuple[str, ...]
-    labeler: Indices
-    first: Indices
-    second: Indices
-    answer: Indices
-    weight: Floats
-
-    @property
-    def item(self) -> Indices:
-        """A number for each unordered pair of candidates."""
-        return self.first * len(self.candidates) + self.second
-
-    def shares(self, success: Floats) -> list[Estimate | None]:
-        """For each labeler, the share of successes [R], 0 to 1 each; NaN where a row is no trial."""
-        trial = ~np.isnan(success)
-        who, weight = self.labeler[trial], self.weight[trial]
-        n = np.bincount(who, weight, len(self.labelers))
-        wins = np.bincount(who, weight * success[trial], len(self.labelers))
-        return [Estimate.share(min(float(won), float(of)), float(of)) for won, of in zip(wins, n, strict=True)]
-
-
 def candidate_keys(comparison: Comparison) -> tuple[str, ...]:
     """What identifies each candidate, in order: the prompt, and the completion's id and index, else its text."""
     prompt = comparison.prompt.key()
-    return tuple(
-        f"{prompt}:{one.completion_id}#{one.index}"
-        if one.completion_id
-        else f"{prompt}:{hashlib.sha256(one.text.encode()).hexdigest()}"
-        for one in comparison.candidates
-    )
+    return tuple(f"{prompt}:{candidate_identity(one)}" for one in comparison.candidates)
 
 
 def assess(
     comparisons: Iterable[Comparison],
     *,
     golden: Mapping[frozenset[str], str | None] | None = None,
+    repeats: Iterable[Repeat] = (),
     scores: Mapping[str, float] | None = None,
 ) -> CrowdReport:
     """Report on every labeler.
 
     Args:
-        comparisons: those in force.
+        comparisons: those in force, of golden pairs too; no repeats.
         golden: items (two candidate keys) with a trusted answer, which reliability takes as known: the better
-            candidate's key, or None for a tie.
+            candidate's key, or None for a tie. See ``golden_answers``.
+        repeats: a labeler's first judgement of some candidates, and the second.
         scores: outside scores in logits by candidate key, not learnt from these comparisons. They take the place of
             other labelers where each item is judged once.
     """
     given = list(comparisons)
     rows = _judgements(given)
     known = _known(rows, golden or {})
-    fit = _crowd_bt(rows, np.array([(scores or {}).get(key, 0.0) for key in rows.candidates]), known)
+    fit = reliabilities(rows, np.array([(scores or {}).get(key, 0.0) for key in rows.candidates]), known)
     counts, by_item, by_row = _agreement(rows)
-    agreement = rows.shares(by_row)
-    golden_shares = rows.shares(np.where(np.isnan(known), math.nan, rows.answer == known))
+    agreement = _shares(rows, by_row)
+    golden_shares = _shares(rows, np.where(np.isnan(known), math.nan, rows.answer == known))
     comparisons_of = Counter(one.labeler for one in given)
     pairs = np.bincount(rows.labeler, minlength=len(rows.labelers))
     ties = np.bincount(rows.labeler[rows.answer == 0], minlength=len(rows.labelers))
-    places, speeds = _first_shown(given), _speeds(given)
+    places, speeds, again = _first_shown(given), _speeds(given), _repeated(repeats)
     labelers = {}
     for k, name in enumerate(rows.labelers):
         earlier_won, shown = places[name]
@@ -187,9 +136,10 @@ def assess(
             comparisons=comparisons_of[name],
             pairs=int(pairs[k]),
             ties=int(ties[k]),
-            reliability=fit.reliability(k),
+            reliability=fit.of(k),
             agreement=agreement[k],
             golden=golden_shares[k],
+            repeats=again.get(name),
             first_shown=Estimate.share(earlier_won, shown),
             first_shown_p=float(binomtest(earlier_won, shown).pvalue) if shown else 1.0,
             speed=speed,
@@ -202,6 +152,17 @@ def assess(
         alpha_ordinal=krippendorff_alpha(counts, ORDINAL, mirrored=True),
         spread=fit.spread,
     )
+
+
+def golden_answers(trusted: Iterable[Comparison]) -> dict[frozenset[str], str | None]:
+    """The trusted answer to each item that ``trusted`` comparisons judge; of several on one item the last holds."""
+    answers: dict[frozenset[str], str | None] = {}
+    for comparison in trusted:
+        keys = candidate_keys(comparison)
+        for a, b, answer in _items(comparison):
+            if keys[a] != keys[b]:
+                answers[frozenset((keys[a], keys[b]))] = {1: keys[a], -1: keys[b], 0: None}[answer]
+    return answers
 
 
 def weights(report: CrowdReport) -> dict[str, float]:
@@ -231,24 +192,53 @@ def krippendorff_alpha(counts: Floats, distance: Floats, *, mirrored: bool = Fal
     return float(1 - (totals.sum() - 1) * (coincidences * distance).sum() / expected) if expected > 0 else math.nan
 
 
-def _judgements(comparisons: Iterable[Comparison]) -> _Judgements:
+def _items(comparison: Comparison) -> Iterable[tuple[int, int, int]]:
+    """Each two places in ``candidates``, and 1 where the first is better, −1 where the second is, 0 for a tie."""
+    place = {index: rank for rank, group in enumerate(comparison.ranking) for index in group}
+    for a, b in itertools.combinations(range(len(comparison.candidates)), 2):
+        yield a, b, (place[b] > place[a]) - (place[b] < place[a])
+
+
+def _judgements(comparisons: Iterable[Comparison]) -> Judgements:
     labelers: dict[str, int] = {}
     candidates: dict[str, int] = {}
     table: list[tuple[float, ...]] = []
     for comparison in comparisons:
         labeler = labelers.setdefault(comparison.labeler, len(labelers))
         numbers = [candidates.setdefault(key, len(candidates)) for key in candidate_keys(comparison)]
-        place = {index: rank for rank, group in enumerate(comparison.ranking) for index in group}
-        judged = sorted((candidate, place[index]) for index, candidate in enumerate(numbers))
-        for (a, place_a), (b, place_b) in itertools.combinations(judged, 2):
+        for i, j, answer in _items(comparison):
+            a, b = numbers[i], numbers[j]
             if a != b:  # the same text shown twice is no item
-                table.append((labeler, a, b, (place_b > place_a) - (place_b < place_a), 2 / len(numbers)))
+                row = (a, b, answer) if a < b else (b, a, -answer)
+                table.append((labeler, *row, 2 / len(numbers)))
     columns = np.array(table, dtype=float).reshape(-1, 5).T
-    labeler_of, first, second, answer = columns[:4].astype(np.intp)
-    return _Judgements(tuple(labelers), tuple(candidates), labeler_of, first, second, answer, columns[4])
+    labeler_of, first, second, answers = columns[:4].astype(np.intp)
+    return Judgements(tuple(labelers), tuple(candidates), labeler_of, first, second, answers, columns[4])
 
 
-def _known(rows: _Judgements, golden: Mapping[frozenset[str], str | None]) -> Floats:
+def _shares(rows: Judgements, success: Floats) -> list[Estimate | None]:
+    """For each labeler, the share of successes [R], 0 to 1 each; NaN where a row is no trial."""
+    trial = ~np.isnan(success)
+    who, weight = rows.labeler[trial], rows.weight[trial]
+    n = np.bincount(who, weight, len(rows.labelers))
+    wins = np.bincount(who, weight * success[trial], len(rows.labelers))
+    return [Estimate.share(min(float(won), float(of)), float(of)) for won, of in zip(wins, n, strict=True)]
+
+
+def _repeated(repeats: Iterable[Repeat]) -> dict[str, Estimate | None]:
+    """For each labeler, the share of items judged the same both times; the pairs of a ranking weigh 2/K."""
+    alike: defaultdict[str, float] = defaultdict(float)
+    shown: defaultdict[str, float] = defaultdict(float)
+    for repeat in repeats:
+        again = golden_answers([repeat.again])
+        for item, answer in golden_answers([repeat.first]).items():
+            weight = 2 / len(repeat.first.candidates)
+            alike[repeat.first.labeler] += weight * (again[item] == answer)
+            shown[repeat.first.labeler] += weight
+    return {name: Estimate.share(min(alike[name], n), n) for name, n in shown.items()}
+
+
+def _known(rows: Judgements, golden: Mapping[frozenset[str], str | None]) -> Floats:
     """The trusted answer to each row's item, as ``answer``; NaN where there is none."""
     number = {key: index for index, key in enumerate(rows.candidates)}
     trusted: dict[int, int] = {}
@@ -262,7 +252,7 @@ def _known(rows: _Judgements, golden: Mapping[frozenset[str], str | None]) -> Fl
     return np.array([trusted.get(item, math.nan) for item in rows.item.tolist()], dtype=float)
 
 
-def _agreement(rows: _Judgements) -> tuple[Floats, Estimate | None, Floats]:
+def _agreement(rows: Judgements) -> tuple[Floats, Estimate | None, Floats]:
     """Who says the same of an item.
 
     Returns:
@@ -315,79 +305,3 @@ def _speeds(comparisons: Iterable[Comparison]) -> dict[str, tuple[float | None, 
         name: ((median - middle) / scale if known else None, Estimate.share(rushed[name], len(paces[name])))
         for name, median in medians.items()
     }
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """Log-odds of η, its standard error and what it rests on, [L]; the candidates' spread τ."""
-
-    log_odds: Floats
-    error: Floats
-    n: Floats
-    spread: float
-
-    def reliability(self, labeler: int) -> Estimate:
-        """η of a labeler with its interval."""
-        middle, half = self.log_odds[labeler], Z95 * self.error[labeler]
-        value, low, high = expit([middle, middle - half, middle + half]).tolist()
-        return Estimate(value, low, high, float(self.n[labeler]))
-
-
-def _crowd_bt(rows: _Judgements, outside: Floats, known: Floats) -> _Fit:
-    """Reliability of every labeler (see the module).
-
-    Args:
-        rows: judgements, R of them.
-        outside: prior mean of each candidate's score, [C].
-        known: trusted answers, [R], NaN where there is none.
-    """
-    count = len(rows.labelers)
-    groups = score_groups(rows.first, rows.second, rows.labeler, len(rows.candidates))
-    log_odds, step, radius = np.full(count, logit((1 + PRIOR_WEIGHT) / 2)), np.zeros(count), np.ones(count)
-    mean, variance, believed = np.zeros(len(known)), np.ones(len(known)), np.full(len(known), math.inf)
-    spread = PRIOR_SPREAD**2
-    for _ in range(_SWEEPS):
-        # 1. What the others believe of each item.
-        squares, placed = PRIOR_SPREAD_CANDIDATES * PRIOR_SPREAD**2, PRIOR_SPREAD_CANDIDATES
-        for group in groups:
-            mean[group.rows], variance[group.rows], off = group.believe(outside, spread)
-            squares, placed = squares + off, placed + group.members.size
-        belief = np.where(np.isnan(known), 2 * first_preferred(mean, variance) - 1, known)
-
-        # 2. Each labeler against that.
-        gradient, information = _push(rows, belief, expit(log_odds))
-        wanted = gradient / information
-        radius = np.where(wanted * step < 0, radius / 2, np.minimum(1.5 * radius, 1))  # near η = 1 steps overshoot
-        step = np.clip(wanted, -radius, radius)
-        log_odds = log_odds + step
-
-        # 3. What each judgement then says of its candidates, and how far these lie from their prior means.
-        precision, pull = as_gaussian(rows.answer, rows.weight, np.tanh(log_odds / 2)[rows.labeler], mean, variance)
-        for group in groups:
-            group.say(precision[group.rows], pull[group.rows], _DAMPING)
-        drift = math.log(squares / placed / spread)
-        spread *= math.exp(_OVERRELAXED * drift)
-
-        moved = [abs(drift), np.abs(step).max(initial=0.0), np.abs(belief - believed).max(initial=0.0)]
-        if max(moved) < _TOLERANCE:
-            break
-        believed = belief
-    else:
-        _LOGGER.warning("reliability of labelers still moves after %d sweeps: by %.3g in logit η", _SWEEPS, moved[1])
-    n = np.bincount(rows.labeler, rows.weight * belief**2, count).astype(np.float64, copy=False)
-    return _Fit(log_odds, 1 / np.sqrt(information), n, math.sqrt(spread))
-
-
-def _push(rows: _Judgements, belief: Floats, eta: Floats) -> tuple[Floats, Floats]:
-    """Gradient and Fisher information of the log posterior in logit η, [L].
-
-    With x the belief that the first is the better less that the second is, [R], and ρ = 2η − 1, the labeler prefers
-    the first with probability (1 + ρx)/2; a tie is half of each answer.
-    """
-    rho, slope = (2 * eta - 1)[rows.labeler], (2 * eta * (1 - eta))[rows.labeler]
-    yes, no = (1 + rows.answer) / 2, (1 - rows.answer) / 2
-    pushed = rows.weight * slope * belief * (yes / (1 + rho * belief) - no / (1 - rho * belief))
-    certain = rows.weight * (slope * belief) ** 2 / (1 - (rho * belief) ** 2)
-    prior = PRIOR_AGREES + PRIOR_DIFFERS
-    gradient = np.bincount(rows.labeler, pushed, len(eta)) + PRIOR_AGREES - prior * eta
-    return gradient, np.bincount(rows.labeler, certain, len(eta)) + prior * eta * (1 - eta)

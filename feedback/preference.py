@@ -2,8 +2,7 @@
 
 A tie is half a win for each side. Two things make plain intervals too narrow, and are allowed for here: the
 pairs of one ranking are not independent, so a comparison counts once whatever its K; nor are the comparisons
-of one prompt, so there are intervals over prompts. ``ScoreGroups`` is the same model over candidates, for
-``feedback.labelers``.
+of one prompt, so there are intervals over prompts. ``feedback.crowd_bt`` is the same model over candidates.
 """
 
 import itertools
@@ -18,12 +17,9 @@ import numpy.typing as npt
 from scipy.optimize import minimize
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from scipy.special import expit, log_expit, ndtr
+from scipy.special import expit, log_expit
 
 from feedback.records import Comparison
-
-PROBIT = 1.702
-"""σ(x) ≈ Φ(x / 1.702), within 0.0095: the mean of Φ over a Gaussian has a closed form."""
 
 Z95 = 1.959963984540054
 """Standard normal quantile of a two-sided 95 % interval."""
@@ -181,128 +177,6 @@ def wilson(wins: float, n: float, z: float = 1.96) -> tuple[float, float]:
     middle = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
     return max(0.0, middle - half), min(1.0, middle + half)
-
-
-class ScoreGroups:
-    """Gaussian belief in the Bradley–Terry scores of candidates, for all groups of one size that judgements join.
-
-    Each of R judgements (rows) is stood in for by a Gaussian of the gap s_first − s_second, given by ``say``; each
-    score has a Gaussian prior, its virtual opponent. A *voice* is one labeler in one group.
-
-    Attributes:
-        rows: which judgements are of these groups, [R].
-        members: the groups' candidates, [groups, size].
-    """
-
-    def __init__(
-        self, rows: Indices, members: Indices, group: Indices, first: Indices, second: Indices, labeler: Indices
-    ) -> None:
-        """``group``, the places ``first`` and ``second`` in it and ``labeler`` are the rows', [R]."""
-        self.rows, self.members = rows, members
-        self._group, self._first, self._second = group, first, second
-        voices, self._voice = np.unique(np.stack([group, labeler]), axis=1, return_inverse=True)
-        self._group_of_voice = voices[0]
-        self._precision, self._pull = np.zeros(len(rows)), np.zeros(len(rows))
-
-    def say(self, precision: Floats, pull: Floats, damping: float) -> None:
-        """Move the rows' Gaussians by the share ``damping`` to these precisions and precisions × means, [R]."""
-        self._precision += damping * (precision - self._precision)
-        self._pull += damping * (pull - self._pull)
-
-    def believe(self, prior: Floats, variance: float) -> tuple[Floats, Floats, float]:
-        """What rows and prior (``prior`` the mean of every candidate's, ``variance`` of all) say.
-
-        Returns:
-            Mean and variance of each row's gap, [R], from everything but its own labeler's rows; and the expected
-            sum of squared distances of these groups' scores from their prior means, from everything.
-        """
-        prior = prior[self.members]
-        precision, pull = self._sum(self._group, len(self.members))
-        covariance, score = self._solve(precision, pull, prior, variance)
-        off = float(((score - prior) ** 2).sum() + np.trace(covariance, axis1=1, axis2=2).sum())
-        group, own = self._group_of_voice, self._sum(self._voice, len(self._group_of_voice))
-        covariance, score = self._solve(precision[group] - own[0], pull[group] - own[1], prior[group], variance)
-        v, a, b = self._voice, self._first, self._second
-        doubt = covariance[v, a, a] + covariance[v, b, b] - 2 * covariance[v, a, b]
-        return score[v, a] - score[v, b], doubt, off
-
-    def _sum(self, block: Indices, blocks: int) -> tuple[Floats, Floats]:
-        """Precision [blocks, size, size] and pull [blocks, size] of the rows of each block."""
-        size, a, b = self.members.shape[1], self._first, self._second
-        cells = [(block * size + x) * size + y for x, y in ((a, a), (b, b), (a, b), (b, a))]
-        values = [self._precision, self._precision, -self._precision, -self._precision]
-        precision = _sums(np.concatenate(cells), np.concatenate(values), blocks * size * size)
-        pull = _sums(block * size + a, self._pull, blocks * size) - _sums(block * size + b, self._pull, blocks * size)
-        return precision.reshape(-1, size, size), pull.reshape(-1, size)
-
-    @staticmethod
-    def _solve(precision: Floats, pull: Floats, prior: Floats, variance: float) -> tuple[Floats, Floats]:
-        covariance = np.linalg.inv(precision + np.eye(pull.shape[1]) / variance).astype(np.float64, copy=False)
-        return covariance, np.einsum("nij,nj->ni", covariance, pull + prior / variance)
-
-
-def score_groups(first: Indices, second: Indices, labeler: Indices, candidates: int) -> list[ScoreGroups]:
-    """The groups that judgements join ``candidates`` into, one ``ScoreGroups`` for each size of group.
-
-    Args:
-        first: one candidate of each judgement, [R].
-        second: the other, [R].
-        labeler: who judged, [R].
-        candidates: how many there are.
-    """
-    edges = coo_array((np.ones(len(first)), (first, second)), shape=(candidates, candidates))
-    _, group = connected_components(edges, directed=False)
-    size = np.bincount(group, minlength=1)[group]
-    in_order = np.argsort(group, kind="stable")
-    place = np.zeros(candidates, dtype=np.intp)
-    found = []
-    for each in np.unique(size[first]):
-        members = in_order[size[in_order] == each].reshape(-1, each)
-        place[members] = np.arange(each)
-        rows = np.flatnonzero(size[first] == each)
-        a, b = first[rows], second[rows]
-        number = np.searchsorted(group[members[:, 0]], group[a])
-        found.append(ScoreGroups(rows, members, number, place[a], place[b], labeler[rows]))
-    return found
-
-
-def first_preferred(mean: Floats, variance: Floats) -> Floats:
-    """Probability that the first of two candidates is preferred whose gap is Gaussian: E[Φ(gap / 1.702)], [R]."""
-    preferred: Floats = ndtr(mean / np.sqrt(PROBIT**2 + variance))
-    return preferred
-
-
-def as_gaussian(answer: Indices, weight: Floats, rho: Floats, mean: Floats, variance: Floats) -> tuple[Floats, Floats]:
-    """The Gaussian of the gap that stands in for a judgement in expectation propagation (Minka 2001, §3.2).
-
-    The judgement's likelihood is (1 ± ρ (2Φ(gap / 1.702) − 1)) / 2, a tie half of each, to the power ``weight``. Its
-    Gaussian moves mean and variance of the gap to where the likelihood does.
-
-    Args:
-        answer: 1 the first was preferred, −1 the second, 0 a tie, [R].
-        weight: of the judgement, [R].
-        rho: 2η − 1 of its labeler, [R].
-        mean: of the gap from everything else, [R].
-        variance: likewise.
-
-    Returns:
-        Precision, at least 0, and precision × mean, [R].
-    """
-    width = np.sqrt(PROBIT**2 + variance)
-    z = mean / width
-    lean = 2 * first_preferred(mean, variance) - 1
-    density = 2 * rho * np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) / width
-    up, down = density / (1 + rho * lean), -density / (1 - rho * lean)
-    yes, no = weight * (1 + answer) / 2, weight * (1 - answer) / 2
-    slope = yes * up + no * down
-    curvature = yes * up * (up + z / width) + no * down * (down + z / width)
-    # A negative precision (an answer against all odds) could leave the whole improper.
-    precision = np.maximum(curvature / np.maximum(1 - variance * curvature, 1e-6), 0)
-    return precision, mean * precision + slope * (1 + variance * precision)
-
-
-def _sums(cell: Indices, values: Floats, cells: int) -> Floats:
-    return np.bincount(cell, values, cells).astype(np.float64, copy=False)
 
 
 def _outcomes(comparisons: Iterable[Comparison], a: int, b: int) -> Iterator[tuple[Comparison, float]]:

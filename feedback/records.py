@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError, model_validator
+from pydantic_core import to_json
 
 from feedback.errors import CorruptRecord
 
@@ -184,7 +185,7 @@ class Comparison(_Judgement):
 
     def candidates_key(self) -> str:
         """A digest of who judged which candidates: a later comparison with the same key replaces this one."""
-        judged = sorted(map(_identity, self.candidates))
+        judged = sorted(map(candidate_identity, self.candidates))
         return hashlib.sha256("\n".join([self.labeler, self.prompt.key(), *judged]).encode()).hexdigest()
 
 
@@ -232,7 +233,7 @@ class Rating(_Judgement):
 
     def choice_key(self) -> str:
         """A digest of who rated which completion: a later rating with the same key replaces this one."""
-        rated = ["rating", self.labeler, self.prompt.key(), _identity(self.candidate)]
+        rated = ["rating", self.labeler, self.prompt.key(), candidate_identity(self.candidate)]
         return hashlib.sha256("\n".join(rated).encode()).hexdigest()
 
 
@@ -248,9 +249,7 @@ class Erasure(_Entry):
 
     def covers(self, record: "LogRecord") -> bool:
         """True where ``record``, which must stand before this one in the log, is to be forgotten."""
-        if isinstance(record, Erasure):
-            return False
-        return self.erased in {name_digest(name) for name in (record.principal, record.prompt.asked_by) if name}
+        return self.erased in owners(record)
 
 
 LogRecord = Comparison | Demonstration | Rating | Erasure
@@ -263,7 +262,21 @@ def name_digest(principal: str) -> str:
     return hashlib.sha256(principal.encode()).hexdigest()
 
 
-def _identity(candidate: Candidate) -> str:
+def owners(record: LogRecord) -> set[str]:
+    """``name_digest`` of the principals whose erasure takes a record along; none for an erasure."""
+    if isinstance(record, Erasure):
+        return set()
+    return {name_digest(name) for name in (record.principal, record.prompt.asked_by) if name}
+
+
+def marks_of(principal: str) -> tuple[bytes, ...]:
+    """Bytes of which the JSON of whatever an erasure of ``principal`` covers has at least one; others may, too."""
+    name = to_json(principal)
+    return b'"principal":' + name, b'"asked_by":' + name
+
+
+def candidate_identity(candidate: Candidate) -> str:
+    """What tells a candidate from the others of its prompt: the completion's id and index, else its text's digest."""
     if candidate.completion_id:
         return f"{candidate.completion_id}#{candidate.index}"
     return hashlib.sha256(candidate.text.encode()).hexdigest()

@@ -121,3 +121,12 @@ class FeedbackSettings(TableSettings):
     socket_timeout_seconds: float = Field(1.0, gt=0, description="longest wait for Redis before answering 503; ours")
     max_connections: int = Field(32, gt=0, description="connections per process; ours")
     pool_prompts: int = Field(10_000, gt=0, description="prompts kept to be shown to labelers; ours")
+    golden_share: float = Field(
+        0.05, ge=0, le=0.5, description="of the tasks whose prompt the server picks, with a known answer; ours"
+    )
+    repeat_share: float = Field(
+        0.05, ge=0, le=0.5, description="of these tasks, the labeler's own earlier ones in reverse; ours"
+    )
+    labeler_memory_seconds: int = Field(
+        90 * 24 * 3600, gt=0, description="how long after the last task a labeler gets no prompt again; ours"
+    )

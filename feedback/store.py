@@ -8,8 +8,8 @@ got StoreUnavailable appends the same again, and idempotency makes one record of
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from redis.exceptions import NoScriptError
 
 from feedback import keys
 from feedback.batcher import Batcher
-from feedback.completion_store import CompletionStore
-from feedback.errors import CorruptRecord, IdempotencyKeyReuse, StoreUnavailable
-from feedback.records import Comparison, Demonstration, content_digest, decode, encode
+from feedback.errors import CorruptRecord, FeedbackError, IdempotencyKeyReuse, StoreUnavailable
+from feedback.records import Comparison, LogRecord, Rating, content_digest, decode, encode
+from feedback.removal import RawEntry, RemovalStore, judged_key, raw_entry
 from feedback.settings import FeedbackSettings
 
 DURABLE = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
@@ -31,15 +31,24 @@ QUEUE_SHARE = 0.4
 
 _APPEND = Path(__file__).with_name("append.lua").read_text()
 _APPEND_SHA1 = hashlib.sha1(_APPEND.encode()).hexdigest()
+_RESTORE = Path(__file__).with_name("restore.lua").read_text()
 _Reply = Any  # redis-py types replies as bytes | str, whichever decode_responses chose; here they are bytes
 _log = logging.getLogger(__name__)
+
+
+class AppendInFlight(FeedbackError):
+    """The same append is under way in this process; the same again will be answered with its outcome."""
+
+
+class RecordIdTaken(FeedbackError):
+    """A record cannot be restored: the log has one of that id at another place."""
 
 
 @dataclass(frozen=True)
 class Appended:
     """A record that is on disk; ``replayed`` where an earlier append had put it there."""
 
-    record: Comparison | Demonstration
+    record: LogRecord
     stream_id: str
     replayed: bool
 
@@ -49,7 +58,7 @@ class LogEntry:
     """One record of the log and its place."""
 
     stream_id: str
-    record: Comparison | Demonstration
+    record: LogRecord
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ class _Append:
     script_arguments: tuple[str | bytes | int, ...]
 
 
-class FeedbackStore(CompletionStore):
+class FeedbackStore(RemovalStore):
     """Feedback in Redis: the log, and the completions it judges.
 
     Make one per process with ``connect``; every method may raise StoreUnavailable.
@@ -67,6 +76,8 @@ class FeedbackStore(CompletionStore):
     def __init__(self, client: Redis, settings: FeedbackSettings, where: str) -> None:
         super().__init__(client, settings, where)
         self._quarantined: set[str] = set()
+        self._in_flight: set[str] = set()
+        self._restore = client.register_script(_RESTORE)
         self._appends: Batcher[_Append, tuple[str, str]] = Batcher(
             self._send_appends,
             max_wait_seconds=QUEUE_SHARE * settings.socket_timeout_seconds,
@@ -80,10 +91,11 @@ class FeedbackStore(CompletionStore):
 
     async def append(
         self,
-        record: Comparison | Demonstration,
+        record: LogRecord,
         *,
         idempotency_key: str | None = None,
         body_digest: str | None = None,
+        refuse_in_flight: bool = False,
     ) -> Appended:
         """Add a record to the log, durably and once.
 
@@ -92,42 +104,70 @@ class FeedbackStore(CompletionStore):
             idempotency_key: the caller's name for this act, within ``record.principal``; without one
                 the body digest serves.
             body_digest: digest of what the caller sent; without one, of what the record says.
+            refuse_in_flight: raise AppendInFlight, rather than wait, while this process appends the same.
 
         Returns:
             The record, or on a replay the first one, with its stream id.
 
         Raises:
+            AppendInFlight: see ``refuse_in_flight``.
             IdempotencyKeyReuse: the key was used with another body.
             StoreUnavailable: nothing was acknowledged; append again with the same key or body.
         """
         said = body_digest or content_digest(record)
         body, sha256 = encode(record)
-        script_keys = [keys.LOG, keys.idempotency(record.principal, idempotency_key, said), keys.stream_id(record.id)]
-        if isinstance(record, Comparison):
-            script_keys.append(keys.latest_comparison(record.candidates_key()))
+        act = keys.idempotency(record.principal, idempotency_key, said)
+        script_keys = [keys.LOG, act, keys.stream_id(record.id), *judged_key(record)]
         ttl = self._settings.idempotency_ttl_seconds
-        outcome, stream_id = await self._appends.submit(
-            _Append(tuple(script_keys), (record.kind, record.id, body, sha256, said, ttl))
-        )
+        arguments: list[str | bytes | int] = [record.kind, record.id, body, sha256, said, ttl]
+        if isinstance(record, Comparison):
+            script_keys.append(keys.given_prompts(record.labeler))
+            arguments += [record.prompt.key(), self._settings.labeler_memory_seconds]
+        with self._alone(act) if refuse_in_flight else nullcontext():
+            outcome, stream_id = await self._appends.submit(_Append(tuple(script_keys), tuple(arguments)))
         if outcome == "reuse":
             raise IdempotencyKeyReuse("the idempotency key was used before with another body; use a new key")
         if outcome == "replayed":
             return Appended(await self._read(stream_id), stream_id, replayed=True)
         return Appended(record, stream_id, replayed=False)
 
-    async def record(self, record_id: str) -> Comparison | Demonstration | None:
+    async def record(self, record_id: str) -> LogRecord | None:
         """The record of that id, or None. Raises CorruptRecord where it is damaged."""
-        async with self._answering():
-            stream_id: _Reply = await self._redis.get(keys.stream_id(record_id))
-        return None if stream_id is None else await self._read(stream_id.decode())
+        (place,) = await self.places([record_id])
+        return None if place is None else await self._read(place)
 
-    async def in_force(self, comparisons: Sequence[Comparison]) -> list[bool]:
-        """For each comparison whether it is its labeler's latest on those candidates."""
-        if not comparisons:
+    async def places(self, record_ids: Sequence[str]) -> list[str | None]:
+        """For each record id where it stands in the log, a stream id, or None."""
+        if not record_ids:
             return []
         async with self._answering():
-            latest = await self._redis.mget([keys.latest_comparison(c.candidates_key()) for c in comparisons])
-        return [found == c.id.encode() for found, c in zip(latest, comparisons, strict=True)]
+            found: _Reply = await self._redis.mget([keys.stream_id(record_id) for record_id in record_ids])
+        return [None if place is None else place.decode() for place in found]
+
+    async def in_force(self, judged: Sequence[Comparison | Rating]) -> list[bool]:
+        """For each comparison or rating whether it is its labeler's latest on those candidates or that choice."""
+        if not judged:
+            return []
+        async with self._answering():
+            latest = await self._redis.mget([key for record in judged for key in judged_key(record)])
+        return [found == record.id.encode() for found, record in zip(latest, judged, strict=True)]
+
+    async def restore(self, entries: Sequence[tuple[RawEntry, LogRecord]]) -> None:
+        """Put records back at their own places, behind all that the log has; those before a failure stay.
+
+        Raises:
+            RecordIdTaken: the log has a record of that id.
+            StoreUnavailable: a place is not behind all others, or Redis cannot serve.
+        """
+        async with self._answering(), self._redis.pipeline(transaction=False) as pipe:
+            for entry, record in entries:
+                script_keys = [keys.LOG, keys.stream_id(entry.id), *judged_key(record)]
+                arguments: list[str | bytes] = [entry.stream_id, entry.kind, entry.id, entry.body, entry.sha256]
+                await self._restore(keys=script_keys, args=arguments, client=pipe)
+            replies = await pipe.execute()
+        for (entry, _), restored in zip(entries, replies, strict=True):
+            if not restored:
+                raise RecordIdTaken(f"the log has a record {entry.id} already, at another place than {entry.stream_id}")
 
     async def scan(self, after: str = "0-0", batch: int = 500) -> AsyncIterator[LogEntry]:
         """The log's records behind stream id ``after``, in order; damaged ones are skipped and quarantined."""
@@ -137,17 +177,14 @@ class FeedbackStore(CompletionStore):
 
     async def batches(self, after: str = "0-0", size: int = 500) -> AsyncIterator[list[LogEntry]]:
         """The same records as ``scan`` gives, as many at a time as one command reads: at most ``size``."""
-        while True:
-            async with self._answering():
-                entries: _Reply = await self._redis.xrange(keys.LOG, min=f"({after}", count=size)
-            if not entries:
-                return
-            after = entries[-1][0].decode()
-            batch = []
-            for stream_id, fields in entries:
-                with suppress(CorruptRecord):  # counted and logged where it is found
-                    batch.append(LogEntry(stream_id.decode(), self._decode(stream_id.decode(), fields)))
-            yield batch
+        async for entries in self.raw_batches(after, size):
+            yield [decoded for entry in entries if (decoded := self.decoded(entry)) is not None]
+
+    def decoded(self, entry: RawEntry) -> LogEntry | None:
+        """An entry's record; None for a damaged one, which is quarantined."""
+        with suppress(CorruptRecord):  # counted and logged where it is found
+            return LogEntry(entry.stream_id, self._decode(entry))
+        return None
 
     async def head(self) -> str:
         """Stream id of the newest record, ``0-0`` where there is none."""
@@ -197,18 +234,28 @@ class FeedbackStore(CompletionStore):
                     pipe.evalsha(_APPEND_SHA1, len(append.script_keys), *values)
             return await pipe.execute(raise_on_error=False)
 
-    async def _read(self, stream_id: str) -> Comparison | Demonstration:
+    @contextmanager
+    def _alone(self, act: str) -> Iterator[None]:
+        if act in self._in_flight:
+            raise AppendInFlight("the same request is being served right now; try again for its answer")
+        self._in_flight.add(act)
+        try:
+            yield
+        finally:
+            self._in_flight.remove(act)
+
+    async def _read(self, stream_id: str) -> LogRecord:
         async with self._answering():
             entries: _Reply = await self._redis.xrange(keys.LOG, min=stream_id, max=stream_id)
         if not entries:
             raise CorruptRecord(f"the log has no entry {stream_id}, which an index names")
-        return self._decode(stream_id, entries[0][1])
+        return self._decode(raw_entry(*entries[0]))
 
-    def _decode(self, stream_id: str, fields: dict[bytes, bytes]) -> Comparison | Demonstration:
+    def _decode(self, entry: RawEntry) -> LogRecord:
         try:
-            return decode(fields.get(b"json", b""), fields.get(b"sha256", b"").decode(errors="replace"))
+            return decode(entry.body, entry.sha256)
         except CorruptRecord as error:
-            if stream_id not in self._quarantined:
-                self._quarantined.add(stream_id)
-                _log.error("record %s is quarantined: %s", stream_id, error)
+            if entry.stream_id not in self._quarantined:
+                self._quarantined.add(entry.stream_id)
+                _log.error("record %s is quarantined: %s", entry.stream_id, error)
             raise

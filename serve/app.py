@@ -17,7 +17,18 @@ from deploy.registry import Registry, ReleaseStore
 from feedback.principals import KeyStore
 from feedback.settings import FeedbackSettings
 from feedback.store import FeedbackStore
-from serve import comparisons, completions, health, stored_completions, tasks
+from serve import (
+    comparison_list,
+    comparisons,
+    completions,
+    erasure,
+    health,
+    page_routes,
+    ratings,
+    stored_completions,
+    summary,
+    tasks,
+)
 from serve.auth import Access, Rates, is_loopback
 from serve.error_response import add_error_handlers
 from serve.fleet import Fleet
@@ -51,6 +62,7 @@ def create_app(settings: ServeSettings, feedback_settings: FeedbackSettings, sta
         access = Access(keys, loopback=is_loopback(settings.host), memory=state / "api-keys.json")
         rates = Rates(keys, metrics)
         await access.refresh()
+        app.state.archive = state / "archive"
         app.state.services = Services(
             settings, feedback_settings, store, fleet, recorder, metrics, access=access, rates=rates
         )
@@ -82,7 +94,18 @@ def create_app(settings: ServeSettings, feedback_settings: FeedbackSettings, sta
         ],
     )
     add_error_handlers(app)
-    for routes in (completions, stored_completions, comparisons, tasks, health):
+    for routes in (
+        completions,
+        stored_completions,
+        comparisons,
+        comparison_list,
+        ratings,
+        tasks,
+        summary,
+        erasure,
+        health,
+        page_routes,
+    ):
         app.include_router(routes.router)
     app.openapi_schema = describe(app, settings)
     return app

@@ -1,11 +1,9 @@
 """Feedback routes: a ranking of completions, and a completion written by a labeler."""
 
-import hashlib
-import json
 import time
-from typing import Annotated, Literal
+from typing import Literal
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from feedback.principals import Scope
@@ -18,15 +16,14 @@ from feedback.records import (
     StoredCompletion,
     new_id,
 )
+from serve.appending import IdempotencyKey, append, appended
 from serve.auth import FeedbackPrincipal, require_scope
 from serve.errors import InvalidRequest, NotFound
-from serve.feedback_bodies import ComparisonBody, DemonstrationBody, FeedbackBody
-from serve.openapi import errors, replayed
+from serve.feedback_bodies import ComparisonBody, DemonstrationBody
+from serve.openapi import errors
 from serve.services import Services, ServicesDep
 
 router = APIRouter(prefix="/v1/feedback")
-
-IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key", max_length=255)]
 
 
 class ComparedCandidate(BaseModel):
@@ -58,7 +55,7 @@ class DemonstrationObject(BaseModel):
     labeler: str
 
 
-@router.post("/comparisons", status_code=201, responses=replayed(ComparisonObject) | errors(404, 422))
+@router.post("/comparisons", status_code=201, responses=appended(ComparisonObject))
 async def create_comparison(
     body: ComparisonBody,
     request: Request,
@@ -70,12 +67,12 @@ async def create_comparison(
     """Keep one labeler's ranking. 201 means it is fsynced; the same request again answers 200 with the first."""
     if body.completions is not None:  # outside data: nothing shows that anybody was given these
         require_scope(request, Scope.OPERATOR)
-    prompt, candidates, source = await _candidates(body, services, principal)
+    prompt, candidates, source, asked_of = await _candidates(body, services, principal)
     comparison = Comparison(
         id=new_id("cmp_"),
         created=time.time(),
         principal=principal,
-        labeler=body.labeler or principal,
+        labeler=body.labeler or asked_of or principal,
         prompt=prompt,
         metadata=body.metadata,
         source=source,
@@ -86,9 +83,8 @@ async def create_comparison(
         comment=body.comment,
         duration_ms=body.duration_ms,
     )
-    kept = await _append(comparison, body, idempotency_key, response, services)
-    assert isinstance(kept, Comparison)
-    return _comparison_object(kept)
+    kept = await append(comparison, body, idempotency_key, request, response, services)
+    return comparison_object(kept)
 
 
 @router.get("/comparisons/{comparison_id}", responses=errors(404))
@@ -97,12 +93,13 @@ async def get_comparison(comparison_id: str, services: ServicesDep, principal: F
     record = await services.store.record(comparison_id)
     if not isinstance(record, Comparison) or record.principal != principal:
         raise NotFound("there is no such comparison")
-    return _comparison_object(record)
+    return comparison_object(record)
 
 
-@router.post("/demonstrations", status_code=201, responses=replayed(DemonstrationObject) | errors(404, 422))
+@router.post("/demonstrations", status_code=201, responses=appended(DemonstrationObject))
 async def create_demonstration(
     body: DemonstrationBody,
+    request: Request,
     response: Response,
     services: ServicesDep,
     principal: FeedbackPrincipal,
@@ -112,7 +109,7 @@ async def create_demonstration(
     prompt, corrects = body.asked(), None
     if body.completion_id is not None:
         corrected = await find_completion(body.completion_id, services, principal)
-        corrects, prompt = _choice(corrected, body.index)
+        corrects, prompt = choice_of(corrected, body.index)
     assert prompt is not None
     demonstration = Demonstration(
         id=new_id("demo_"),
@@ -124,7 +121,7 @@ async def create_demonstration(
         completion=body.completion,
         corrects=corrects,
     )
-    kept = await _append(demonstration, body, idempotency_key, response, services)
+    kept = await append(demonstration, body, idempotency_key, request, response, services)
     return DemonstrationObject(id=kept.id, created=int(kept.created), labeler=kept.labeler)
 
 
@@ -138,13 +135,14 @@ async def find_completion(completion_id: str, services: Services, principal: str
 
 async def _candidates(
     body: ComparisonBody, services: Services, principal: str
-) -> tuple[Prompt, tuple[Candidate, ...], Literal["choices", "candidates", "task", "outside"]]:
+) -> tuple[Prompt, tuple[Candidate, ...], Literal["choices", "candidates", "task", "outside"], str | None]:
+    """What is compared, how it was named, and for a task the labeler it was given to."""
     if body.completion_id is not None:
         completion = await find_completion(body.completion_id, services, principal)
         if not 2 <= len(completion.choices) <= MAX_CANDIDATES:
             raise InvalidRequest(f"completion_id must have 2 to {MAX_CANDIDATES} choices to compare", "completion_id")
-        picked = [_choice(completion, choice.index) for choice in completion.choices]
-        return _one_prompt(picked), tuple(candidate for candidate, _ in picked), "choices"
+        picked = [choice_of(completion, choice.index) for choice in completion.choices]
+        return _one_prompt(picked), tuple(candidate for candidate, _ in picked), "choices", None
     if body.candidates is not None:
         if len({(ref.completion_id, ref.index) for ref in body.candidates}) != len(body.candidates):
             raise InvalidRequest("candidates names one choice twice", "candidates")
@@ -152,21 +150,22 @@ async def _candidates(
             completion_id: await find_completion(completion_id, services, principal)
             for completion_id in dict.fromkeys(ref.completion_id for ref in body.candidates)
         }
-        picked = [_choice(found[ref.completion_id], ref.index) for ref in body.candidates]
-        return _one_prompt(picked), tuple(candidate for candidate, _ in picked), "candidates"
+        picked = [choice_of(found[ref.completion_id], ref.index) for ref in body.candidates]
+        return _one_prompt(picked), tuple(candidate for candidate, _ in picked), "candidates", None
     if body.task_id is not None:
         task = await services.store.task(body.task_id)
         if task is None or task.principal != principal:
             raise NotFound("there is no such task; it may have expired")
         if task.labeler is not None and body.labeler not in (None, task.labeler):
             raise InvalidRequest("the task was given to another labeler", "labeler")
-        return task.prompt, task.candidates, "task"
+        return task.prompt, task.candidates, "task", task.labeler
     prompt = body.asked()
     assert prompt is not None and body.completions is not None
-    return prompt, tuple(Candidate(text=text, index=i) for i, text in enumerate(body.completions)), "outside"
+    return prompt, tuple(Candidate(text=text, index=i) for i, text in enumerate(body.completions)), "outside", None
 
 
-def _choice(completion: StoredCompletion, index: int) -> tuple[Candidate, Prompt]:
+def choice_of(completion: StoredCompletion, index: int) -> tuple[Candidate, Prompt]:
+    """A choice to judge, and the prompt it answers. Raises InvalidRequest where there is no such choice."""
     try:
         return completion.candidate(index), completion.prompt_of(index)
     except LookupError as error:
@@ -180,25 +179,8 @@ def _one_prompt(picked: list[tuple[Candidate, Prompt]]) -> Prompt:
     return first
 
 
-async def _append(
-    record: Comparison | Demonstration,
-    body: FeedbackBody,
-    idempotency_key: str | None,
-    response: Response,
-    services: Services,
-) -> Comparison | Demonstration:
-    canonical = json.dumps(body.model_dump(mode="json"), sort_keys=True)
-    body_digest = hashlib.sha256(f"{record.kind}\n{canonical}".encode()).hexdigest()
-    appended = await services.store.append(record, idempotency_key=idempotency_key, body_digest=body_digest)
-    if appended.replayed:
-        response.status_code = 200
-        response.headers["Idempotent-Replayed"] = "true"
-    else:
-        services.metrics.feedback.labels(record.kind).inc()
-    return appended.record
-
-
-def _comparison_object(comparison: Comparison) -> ComparisonObject:
+def comparison_object(comparison: Comparison) -> ComparisonObject:
+    """A comparison as it is told."""
     return ComparisonObject(
         id=comparison.id,
         created=int(comparison.created),

@@ -283,7 +283,7 @@ class Engine:
         Raises:
             EngineFailed: A token differs, or a log-prob by more than ``logprob_tolerance`` nats.
         """
-        tolerance = self._settings.logprob_tolerance
+        tolerance, self._llm.suspect = self._settings.logprob_tolerance, False
         for number, canary in enumerate(self._version.manifest.canary_prompts):
             token_ids, logprobs = await self._greedy(canary)
             apart = max((abs(a - b) for a, b in zip(logprobs, canary.logprobs, strict=False)), default=0.0)

@@ -1,11 +1,11 @@
 """What a client may post as feedback: the forms that comparisons, demonstrations and blind tasks come in."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictBool, field_validator, model_validator
 from pydantic_core import PydanticSerializationError, to_json
 
-from feedback.records import MAX_CANDIDATES, Prompt, ranking_problem
+from feedback.records import MAX_CANDIDATES, Prompt, RatingFlag, ranking_problem
 from serve.errors import InvalidRequest
 
 Labeler = Annotated[str, Field(min_length=1, max_length=128)]
@@ -107,6 +107,47 @@ class DemonstrationBody(PromptBody):
         if sum(way is not None for way in (self.prompt, self.messages, self.completion_id)) != 1:
             raise ValueError("give exactly one of prompt, messages and completion_id")
         return self
+
+
+class RatingFlags(FeedbackBody):
+    """What a labeler says of a completion beside its quality; what is absent or null was not judged."""
+
+    fails_instruction: StrictBool | None = None
+    inappropriate_for_assistant: StrictBool | None = None
+    hallucination: StrictBool | None = None
+    satisfies_constraint: StrictBool | None = None
+    sexual_content: StrictBool | None = None
+    violent_content: StrictBool | None = None
+    encourages_harm: StrictBool | None = None
+    denigrates_protected_class: StrictBool | None = None
+    harmful_advice: StrictBool | None = None
+    expresses_opinion: StrictBool | None = None
+    expresses_moral_judgement: StrictBool | None = None
+
+
+class RatingBody(FeedbackBody):
+    """What a labeler says of one choice: overall quality with flags, or a thumb."""
+
+    completion_id: str = Field(max_length=128)
+    index: int = Field(0, ge=0)
+    overall: Annotated[int, Field(ge=1, le=7, strict=True)] | None = None
+    flags: RatingFlags | None = None
+    thumb: Literal["up", "down"] | None = None
+    labeler: Labeler | None = None
+    comment: Annotated[str, Field(max_length=4000)] | None = None
+
+    @model_validator(mode="after")
+    def _one_judgement(self) -> Self:
+        if (self.overall is None) == (self.thumb is None):
+            raise ValueError("give exactly one of overall and thumb")
+        if self.thumb is not None and self.flags is not None:
+            raise ValueError("flags go with overall")
+        return self
+
+    def judged_flags(self) -> dict[RatingFlag, bool]:
+        """The flags that were judged."""
+        said = ((flag, getattr(self.flags, flag, None)) for flag in get_args(RatingFlag))
+        return {flag: judged for flag, judged in said if judged is not None}
 
 
 class TaskBody(PromptBody):

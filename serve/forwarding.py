@@ -15,7 +15,7 @@ from feedback.records import Prompt
 from serve.answer_shape import openai_event
 from serve.engine import CHAT, Engine
 from serve.error_response import stream_error
-from serve.errors import EngineRefused
+from serve.errors import EngineRefused, NotServing
 from serve.fleet import Asker
 from serve.recording import Asked
 from serve.services import Services
@@ -110,14 +110,16 @@ class EngineAnswer(Response):
             await send({"type": "http.response.body", "body": answer})
             return
         async with contextlib.aclosing(answer):
-            await self._stream(answer, send)
+            await self._stream(engine, answer, send)
 
-    async def _stream(self, events: AsyncGenerator[str, None], send: Send) -> None:
+    async def _stream(self, engine: Engine, events: AsyncGenerator[str, None], send: Send) -> None:
         tools = _StreamedChoices() if self._body.get("tools") else None
         first = True
         async for event in events:
             if event.startswith(_ERROR):
                 error = json.loads(event.removeprefix("data: "))["error"]
+                if first and engine.dead:
+                    raise NotServing(f"the engine of version {engine.version} ended during the request; try again")
                 if first:
                     raise EngineRefused(int(error["code"]), str(error["message"]), error.get("param"))
                 await send({"type": "http.response.body", "body": stream_error(error), "more_body": False})

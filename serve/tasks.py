@@ -1,6 +1,12 @@
-"""Blind tasks: candidates from every live arm in a recorded random order; nothing shown reveals the version."""
+"""Blind tasks: candidates from every live arm in a recorded random order; nothing shown reveals the version.
+
+Where the server picks the prompt it is one of the most informative that this labeler was never given; a share of such
+tasks measures the labeler instead (``serve.task_controls``). For those, too, every arm samples as many candidates as
+for any task, which nobody sees and nothing keeps: the labeler waits as long and pays as many tokens.
+"""
 
 import asyncio
+import contextlib
 import random
 import secrets
 import time
@@ -12,17 +18,20 @@ from pydantic import BaseModel, Field, JsonValue
 from feedback.records import BlindTask, Candidate, Prompt, new_id
 from serve.auth import FeedbackPrincipal
 from serve.engine import CHAT, TEXT, Engine
-from serve.errors import InvalidRequest, NotFound, NotServing
+from serve.errors import EngineRefused, InvalidRequest, NotFound, NotServing
 from serve.feedback_bodies import TaskBody
 from serve.fleet import hold
 from serve.forwarding import completion_id
 from serve.openapi import errors
 from serve.recording import Asked
 from serve.services import Services, ServicesDep
+from serve.task_controls import draw_control
 
 router = APIRouter(prefix="/v1/feedback")
 
 _SHUFFLE = random.SystemRandom()
+_PROMPT_TRIES = 5
+"""Pooled prompts that the engine refuses, being too long for a completion to fit, before the labeler is told so."""
 
 
 class ShownCandidate(BaseModel):
@@ -49,18 +58,8 @@ async def create_task(body: TaskBody, services: ServicesDep, principal: Feedback
     """Sample k candidates, as evenly as k allows from the live arms, and show them without their versions."""
     if body.prompt is not None and body.messages is not None:
         raise InvalidRequest("give at most one of prompt and messages", "prompt")
-    prompt = body.asked() or await _pool_prompt(services)
-    live = services.fleet.live
-    arms = [live[version] for version in services.fleet.serving.live() if version in live]
-    if not arms:
-        raise NotServing("no policy version is being served yet")
-    _SHUFFLE.shuffle(arms)  # which arm gives the extra candidate of an odd k is drawn, too
-    shares = [body.k // len(arms) + (place < body.k % len(arms)) for place in range(len(arms))]
-    sampled = await asyncio.gather(
-        *(_sample(engine, prompt, n, services, principal) for engine, n in zip(arms, shares, strict=True) if n)
-    )
-    candidates = [candidate for _, part in sampled for candidate in part]
-    _SHUFFLE.shuffle(candidates)
+    labeler = body.labeler or principal
+    prompt, candidates, repeatable = await _shown(body, services, principal, labeler)
     now = int(time.time())
     task = BlindTask(
         id=new_id("task_"),
@@ -68,10 +67,12 @@ async def create_task(body: TaskBody, services: ServicesDep, principal: Feedback
         expires=now + services.feedback_settings.task_ttl_seconds,
         principal=principal,
         labeler=body.labeler,
-        prompt=sampled[0][0],
-        candidates=tuple(candidates),
+        prompt=prompt,
+        candidates=candidates,
     )
     await services.store.keep_task(task)
+    if repeatable:
+        await services.store.remember_task(labeler, task)
     asked = {"messages": list(prompt.messages)} if prompt.messages is not None else {"prompt": prompt.text}
     candidates_shown = [ShownCandidate(index=index, text=c.text) for index, c in enumerate(task.candidates)]
     return TaskObject(
@@ -84,16 +85,59 @@ async def create_task(body: TaskBody, services: ServicesDep, principal: Feedback
     )
 
 
-async def _pool_prompt(services: Services) -> Prompt:
-    pooled = [one.prompt for one in await services.store.pool_prompts(100)]
-    pool = [prompt for prompt in pooled if prompt.text is not None or prompt.messages]
-    if not pool:
-        raise NotFound("no prompt has been recorded yet to show to labelers; give one")
-    return _SHUFFLE.choice(pool)
+async def _shown(
+    body: TaskBody, services: Services, principal: str, labeler: str
+) -> tuple[Prompt, tuple[Candidate, ...], bool]:
+    """Prompt and candidates of a task, and whether it may be repeated later."""
+    if (given := body.asked()) is not None:
+        shown = await _sampled(given, body.k, services, principal)
+        await services.store.give(labeler, given)
+        return *shown, False
+    if (control := await draw_control(services, principal, labeler, body.k)) is not None:
+        with contextlib.suppress(EngineRefused):
+            await _sampled(control.prompt, body.k, services, principal, store=False)
+        return control.prompt, control.candidates, False
+    for _ in range(_PROMPT_TRIES):
+        prompt = await _pool_prompt(services, labeler)
+        try:
+            return *await _sampled(prompt, body.k, services, principal), True
+        except EngineRefused as error:
+            refused = error
+        except BaseException:
+            await services.store.take_back(labeler, prompt)
+            raise
+    raise refused
+
+
+async def _pool_prompt(services: Services, labeler: str) -> Prompt:
+    prompt = await services.store.draw_prompt(labeler)
+    if prompt is None:
+        raise NotFound(
+            "this labeler was given every prompt there is: give one with the request, or come back when more were asked"
+        )
+    return prompt
+
+
+async def _sampled(
+    prompt: Prompt, k: int, services: Services, principal: str, *, store: bool | None = None
+) -> tuple[Prompt, tuple[Candidate, ...]]:
+    """The prompt as the engines read it, and ``k`` candidates in random order; ``store`` as a completion's."""
+    live = services.fleet.live
+    arms = [live[version] for version in services.fleet.serving.live() if version in live]
+    if not arms:
+        raise NotServing("no policy version is being served yet")
+    _SHUFFLE.shuffle(arms)  # which arm gives the extra candidate of an odd k is drawn, too
+    shares = [k // len(arms) + (place < k % len(arms)) for place in range(len(arms))]
+    sampled = await asyncio.gather(
+        *(_sample(engine, prompt, n, services, principal, store) for engine, n in zip(arms, shares, strict=True) if n)
+    )
+    candidates = [candidate for _, part in sampled for candidate in part]
+    _SHUFFLE.shuffle(candidates)
+    return sampled[0][0], tuple(candidates)
 
 
 async def _sample(
-    engine: Engine, prompt: Prompt, n: int, services: Services, principal: str
+    engine: Engine, prompt: Prompt, n: int, services: Services, principal: str, store: bool | None
 ) -> tuple[Prompt, list[Candidate]]:
     route = CHAT if prompt.messages is not None else TEXT
     bare_id = secrets.token_hex(16)
@@ -107,7 +151,7 @@ async def _sample(
         tokenizer=engine.tokenizer,
         prompts=(prompt.model_copy(update={"token_ids": None, "tokenizer": None}),),
         metadata={"purpose": "blind task"},
-        store=None,
+        store=store,
     )
     settings = services.settings
     body: dict[str, JsonValue] = {

@@ -1,7 +1,8 @@
 """From the feedback log to token ids: which comparisons count, for training or for measuring, and as what.
 
-A comparison counts where no later one by the same labeler replaces it; where principals share a log, none
-may dominate it; and what is measured on is never trained on. All of it is a function of the log up to a
+A comparison counts where no later one by the same labeler replaces it, as much as its labeler is trusted; where
+principals share a log, none may dominate it; and what is measured on is never trained on, nor is what measures
+labelers (``feedback.controls``). All of it is a function of the log up to a
 cursor and the settings: the same cursor gives the same dataset.
 """
 
@@ -10,11 +11,13 @@ import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from feedback.controls import InForce, in_force
+from feedback.labelers import PRIOR_WEIGHT, assess, golden_answers, weights
 from feedback.records import Candidate, Comparison, Demonstration, PooledPrompt, Prompt
 from feedback.store import LogEntry
 from train.batches import Demonstrated, RankedPrompt
@@ -30,6 +33,10 @@ class Judged:
     principal: str
     ranked: RankedPrompt
 
+    def weighted(self, weight: float) -> "Judged":
+        """The same, by a labeler who is trusted so far."""
+        return replace(self, ranked=replace(self.ranked, weight=weight))
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -41,7 +48,7 @@ class Dataset:
         demonstrations: labelers' completions; they set the reward model's zero.
         prompts: prompts PPO samples completions for, distinct unless the settings keep repeated ones.
         held_out_prompts: distinct prompts a version is measured on; none is in ``prompts``.
-        counts: what was left out and why.
+        counts: what was left out and why, and how many labelers are trusted less than one nothing is known of.
     """
 
     training: tuple[Judged, ...]
@@ -140,21 +147,28 @@ def build(
 
     Args:
         entries: the log's records in order.
-        pool: further stored prompts PPO may use.
+        pool: further stored prompts PPO may use, newest first.
         encoder: of the policy that is to be trained.
-        settings: cap, split, prompts per principal.
+        settings: cap, split, weights, prompts per principal.
 
     Raises:
         DatasetUnusable: There is no pair to learn from, or none to measure on.
     """
     counts: Counter[str] = Counter()
-    compared = in_force(entries)
-    counts["superseded"] = sum(isinstance(entry.record, Comparison) for entry in entries) - len(compared)
+    given = [(entry.stream_id, entry.record) for entry in entries if isinstance(entry.record, Comparison)]
+    placed = {record.id: stream_id for stream_id, record in given}
+    found = in_force(record for _, record in given)
+    compared = [(placed[one.id], one) for one in found.ordinary]
+    counts["golden"], counts["repeats"] = len(found.golden) + len(found.checks), len(found.repeats)
+    counts["superseded"] = len(given) - len(compared) - counts["golden"] - counts["repeats"]
+    trust = _trust(found, counts) if settings.labeler_weights else None
     kept = capped(compared, settings.max_principal_share, settings.min_comparisons_for_cap)
     counts["over_cap"] = len(compared) - len(kept)
     judged = list(_encoded(kept, encoder, counts))
     demonstrations, corrections = _demonstrated(entries, encoder, counts)
     judged = sorted([*judged, *corrections], key=lambda one: position(one.stream_id))
+    if trust is not None:
+        judged = [one.weighted(trust.get(one.ranked.labeler, PRIOR_WEIGHT)) for one in judged]
     training, held_out = split(judged, settings.held_out_fraction)
     if not any(one.ranked.pairs for one in training) or not any(one.ranked.pairs for one in held_out):
         raise DatasetUnusable(
@@ -164,7 +178,7 @@ def build(
     measured_on = {one.ranked.group for one in held_out}
     asked = [(one.principal, one.ranked.prompt_ids) for one in training]
     known = measured_on | {one.ranked.group for one in training}
-    asked += _pooled(pool, encoder, known, settings.held_out_fraction, counts)
+    asked += _pooled(reversed(pool), encoder, known, settings.held_out_fraction, counts)
     prompts = ppo_prompts(asked, settings.max_prompts_per_principal, distinct=settings.distinct_prompts)
     return Dataset(
         training=tuple(training),
@@ -182,15 +196,17 @@ def position(stream_id: str) -> tuple[int, int]:
     return int(milliseconds), int(sequence or 0)
 
 
-def in_force(entries: Iterable[LogEntry]) -> list[tuple[str, Comparison]]:
-    """The comparisons no later one of the same labeler and candidates replaces, in log order."""
-    latest: dict[str, tuple[str, Comparison]] = {}
-    for entry in entries:
-        if isinstance(entry.record, Comparison):
-            key = entry.record.candidates_key()
-            latest.pop(key, None)
-            latest[key] = (entry.stream_id, entry.record)
-    return list(latest.values())
+def _trust(found: InForce, counts: Counter[str]) -> dict[str, float]:
+    """Training weight of each labeler, 0 to 1, by all that measures them."""
+    judged = [*found.ordinary, *found.checks]
+    trust = weights(assess(judged, golden=golden_answers(found.golden), repeats=found.repeats))
+    # Whom nobody checks has the prior's weight but for rounding.
+    counts["labelers"] = len(trust)
+    counts["labelers_trusted_less"] = sum(weight < PRIOR_WEIGHT - 1e-6 for weight in trust.values())
+    counts["labelers_not_trusted"] = sum(weight == 0 for weight in trust.values())
+    counts["comparisons_trusted_less"] = sum(trust[one.labeler] < PRIOR_WEIGHT - 1e-6 for one in found.ordinary)
+    counts["comparisons_not_trusted"] = sum(trust[one.labeler] == 0 for one in found.ordinary)
+    return trust
 
 
 def capped(

@@ -34,7 +34,8 @@ def ranking_loss(scores: Tensor, chosen: Tensor, rejected: Tensor, prompt: Tenso
         chosen: [M] positions in ``scores`` of each pair's better completion.
         rejected: [M] of the worse.
         prompt: [M] which prompt, 0 … G−1, a pair belongs to; every prompt has a pair.
-        weight: [G] how much each prompt counts relative to the others.
+        weight: [G] how far each prompt's labeler is trusted: 1 for all is the paper's loss, and where the weights of
+            the whole training set average 1, so are small batches' losses on average.
 
     Returns:
         A scalar.
@@ -42,7 +43,23 @@ def ranking_loss(scores: Tensor, chosen: Tensor, rejected: Tensor, prompt: Tenso
     losses = -logsigmoid(scores[chosen] - scores[rejected])
     pairs = torch.zeros_like(weight).index_add(0, prompt, torch.ones_like(losses))
     of_prompt = torch.zeros_like(weight).index_add(0, prompt, losses) / pairs
-    return (weight * of_prompt).sum() / weight.sum()
+    return (weight * of_prompt).mean()
+
+
+def preference_entropy(scores: Tensor, differs: Tensor) -> Tensor:
+    """How open it is which of two completions is preferred, in nats: mean over pairs of H(σ(r_i − r_j)), [G].
+
+    H is the entropy of a Bernoulli variable, at most ln 2. A pair of equal completions counts 0, because nobody can
+    prefer one of them.
+
+    Args:
+        scores: [G, K] of K completions of each prompt.
+        differs: [G, K, K] True where two of them are not the same.
+    """
+    gap = scores.unsqueeze(2) - scores.unsqueeze(1)
+    each = -(gap.sigmoid() * logsigmoid(gap) + (-gap).sigmoid() * logsigmoid(-gap))
+    pairs = scores.shape[1] * (scores.shape[1] - 1)
+    return (each * differs).sum((1, 2)) / pairs
 
 
 def kl_rewards(score: Tensor, logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor, kl_coef: float) -> Tensor:

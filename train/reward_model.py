@@ -1,12 +1,14 @@
 """Reward model: learn from rankings which completion people prefer (InstructGPT §3.5 and §C.2).
 
-    loss = mean over prompts of  1/|pairs| Σ −log σ(r(x, y_chosen) − r(x, y_rejected))
+    loss = mean over prompts of  w/|pairs| Σ −log σ(r(x, y_chosen) − r(x, y_rejected))
 
+w is how far the labeler is trusted (``feedback.labelers``), scaled to average 1: the paper's loss where all are equal.
 All pairs of a prompt sit in one batch element and each distinct completion is scored once: as independent
 pairs they would be visited K−1 times each and overfit within one epoch (§3.5). The loss knows differences
 only, so after training the shift is set to make demonstrations score 0 on average (§C.2).
 """
 
+import dataclasses
 import random
 import time
 from collections.abc import Sequence
@@ -56,7 +58,7 @@ def run(
     Args:
         settings: epochs, prompts per step, learning rate.
         init_dir: a policy (its trunk gets a fresh head) or a reward model (training restarts from it).
-        ranked: the comparisons to learn from; those without a pair are left out and counted.
+        ranked: the comparisons to learn from; those without a pair or without weight are left out and counted.
         out: directory to write; what it holds is overwritten.
         demonstrations: score 0 on average afterwards; where there are none, the completions of ``ranked`` do.
         held_out: comparisons of other prompts or labelers, to measure accuracy on; may be empty.
@@ -64,8 +66,9 @@ def run(
         progress: called after each step.
 
     Returns:
-        ``loss`` (nats, mean of the last tenth of the steps), ``prompts``, ``prompts_without_pairs``, ``pairs``,
-        ``demonstrations``, ``shift``, ``nonfinite_weights``, ``seconds``, and of ``measure_pairs`` on held_out.
+        ``loss`` (nats, mean of the last tenth of the steps), ``prompts``, ``prompts_without_pairs``,
+        ``prompts_without_weight``, ``pairs``, ``demonstrations``, ``shift``, ``nonfinite_weights``, ``seconds``, and of
+        ``measure_pairs`` on held_out.
 
     Raises:
         DatasetUnusable: where no pair is left, or a sequence does not fit the model.
@@ -81,9 +84,15 @@ def run(
         model = load_reward_model(init_dir)
     else:
         model = scalar_model_from(load_policy(init_dir), torch.Generator().manual_seed(seed))
-    usable = [prompt for prompt in ranked if informative_pairs(prompt)]
-    if not usable:
+    paired = [prompt for prompt in ranked if informative_pairs(prompt)]
+    if not paired:
         raise DatasetUnusable(f"none of {len(ranked)} comparisons prefers one completion to a different one")
+    usable = with_mean_weight_1([prompt for prompt in paired if prompt.weight > 0])
+    if not usable:
+        raise DatasetUnusable(
+            f"all of {len(paired)} comparisons are by labelers who guess or invert: see GET /v1/feedback/summary, or "
+            "turn worker.labeler_weights off"
+        )
     _check_lengths([*ranked, *held_out], demonstrations, int(model.trunk.config.max_position_embeddings))
 
     # 2. Every prompt once per epoch, in a new order each time; dropout stays off.
@@ -118,7 +127,8 @@ def run(
     return {
         "loss": fmean(losses[-max(1, steps // 10) :]),
         "prompts": len(usable),
-        "prompts_without_pairs": len(ranked) - len(usable),
+        "prompts_without_pairs": len(ranked) - len(paired),
+        "prompts_without_weight": len(paired) - len(usable),
         "pairs": sum(len(informative_pairs(prompt)) for prompt in usable),
         "demonstrations": len(demonstrations),
         "shift": float(model.shift),
@@ -131,6 +141,14 @@ def run(
 def informative_pairs(ranked: RankedPrompt) -> list[tuple[int, int]]:
     """The (chosen, rejected) pairs whose completions differ: a preference between equal texts teaches nothing."""
     return [(i, j) for i, j in ranked.pairs if ranked.completions[i] != ranked.completions[j]]
+
+
+def with_mean_weight_1(ranked: Sequence[RankedPrompt]) -> list[RankedPrompt]:
+    """The same, with weights in proportion (all above 0) that average 1, so that the learning rate means the same."""
+    if not ranked:
+        return []
+    mean = fmean(prompt.weight for prompt in ranked)
+    return [dataclasses.replace(prompt, weight=prompt.weight / mean) for prompt in ranked]
 
 
 @dataclass(frozen=True)
@@ -181,7 +199,7 @@ def set_shift(model: ScalarModel, sequences: Sequence[tuple[int, ...]], pad_id: 
 
 @torch.no_grad()
 def measure_pairs(model: ScalarModel, held_out: Sequence[RankedPrompt], pad_id: int) -> dict[str, float]:
-    """How well ``model`` predicts comparisons it has not seen.
+    """How well ``model`` predicts comparisons it has not seen; each counts the same, whoever made it.
 
     Returns:
         ``held_out_pairs``, and where there is one: ``held_out_accuracy`` (share of pairs whose chosen completion
@@ -200,7 +218,9 @@ def measure_pairs(model: ScalarModel, held_out: Sequence[RankedPrompt], pad_id: 
         "held_out_accuracy": correct / len(pairs.chosen),
         "held_out_accuracy_low": low,
         "held_out_accuracy_high": high,
-        "held_out_loss": float(ranking_loss(scores, pairs.chosen, pairs.rejected, pairs.prompt, pairs.weight)),
+        "held_out_loss": float(
+            ranking_loss(scores, pairs.chosen, pairs.rejected, pairs.prompt, torch.ones(len(usable)))
+        ),
     }
 
 

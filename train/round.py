@@ -167,6 +167,7 @@ class Round:
             TrainError: a stage cannot work with what it was given.
             DeployError: a version is corrupt, or cannot be published.
         """
+        self._stage("dataset", lambda: dict(self._dataset.counts))
         fitted = self._reward_model()
         if isinstance(fitted, GateReport):
             return Outcome(status="refused", reasons=tuple(fitted.refusals()))

@@ -138,11 +138,17 @@ class WorkerSettings(_Stage):
         0.005, gt=0, le=1, description="of the comparisons of a round, per principal; ours, against poisoning"
     )
     min_comparisons_for_cap: int = Field(2000, ge=0, description="below this many the share is not capped; ours")
+    labeler_weights: bool = Field(
+        True, description="comparisons weigh by their labeler's reliability (feedback.labelers); false: all the same"
+    )
     max_prompts_per_principal: int = Field(200, gt=0, description="in the prompt set (InstructGPT §3.2)")
     distinct_prompts: bool = Field(
         True, description="each prompt once in the prompt set (§3.2); false keeps the mix in which they were asked"
     )
     held_out_fraction: float = Field(0.1, gt=0, lt=1, description="of principals, kept for measuring (§3.2); ours")
+    score_pool_prompts: int = Field(
+        256, ge=0, description="prompts for labelers that each new reward model scores by how unsure it is; ours"
+    )
     canary_fraction: float = Field(
         0.0,
         ge=0,

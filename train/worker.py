@@ -3,7 +3,8 @@
 Training runs in a thread; the event loop keeps the lease alive. Whatever stops a round short of its end
 (SIGTERM, a lost lease, a kill) leaves it to be resumed, by this worker or another on the same state
 directory. A round that ended, well or badly, has used up its comparisons as a reason to start one; they stay
-in the log and are learnt from in the next.
+in the log and are learnt from in the next. A reward model that came out of it says which prompts labelers
+should see next.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -23,11 +24,13 @@ from deploy.operations import start_canary
 from deploy.registry import Lease, Registry, ReleaseStore
 from deploy.settings import DeploySettings
 from deploy.versions import Draft, Version, VersionKind
+from feedback.erasure import surviving
 from feedback.errors import FeedbackError
-from feedback.records import Comparison, PooledPrompt
+from feedback.records import Comparison, PooledPrompt, Prompt
 from feedback.settings import FeedbackSettings
 from feedback.store import FeedbackStore, LogEntry
-from train.datasets import Dataset, Encoder, build, position
+from train import informativeness
+from train.datasets import Dataset, Encoder, Unencodable, build, position
 from train.errors import TrainError
 from train.models import load_policy, load_tokenizer
 from train.round import Outcome, Plan, Round, RunDirectory
@@ -218,6 +221,7 @@ class Worker:
         directory.conclude(outcome, work)
         _LOGGER.info("%s: %s %s", plan.run, outcome.status, "; ".join(outcome.reasons))
         await self._canary(outcome, plan)
+        await self._score_pool(outcome, plan)
         return outcome
 
     def _dataset(self, directory: RunDirectory, entries: list[LogEntry]) -> Dataset:
@@ -240,6 +244,20 @@ class Worker:
             )
         except DeployError as error:
             _LOGGER.warning("version %d gets no traffic: %s", outcome.policy, error)
+
+    async def _score_pool(self, outcome: Outcome, plan: Plan) -> None:
+        """Have the round's reward model say on which prompts it is unsure; labelers are shown those first."""
+        count = self._settings.worker.score_pool_prompts
+        if outcome.reward_model is None or count == 0 or self.stop.is_set():
+            return
+        try:
+            asked = await self._stores.feedback.prompts_to_score(count)
+            policy = self._registry.get(VersionKind.POLICY, plan.parent)  # the stable one, which labelers are shown
+            fitted = self._registry.get(VersionKind.REWARD_MODEL, outcome.reward_model)
+            nats = await asyncio.to_thread(informative, asked, policy, fitted, self._settings, plan.seed)
+            await self._stores.feedback.score_prompts(nats)
+        except (DeployError, FeedbackError, TrainError) as error:
+            _LOGGER.warning("%s: no prompts are scored for labelers: %s", plan.run, error)
 
     def _check(self) -> None:
         """In the training thread, after each step: may it go on?"""
@@ -272,13 +290,9 @@ class Worker:
 
 
 async def log_until(feedback: FeedbackStore, cursor: str) -> list[LogEntry]:
-    """The log up to and including ``cursor``. Raises StoreUnavailable."""
-    entries = []
-    async for entry in feedback.scan():
-        if position(entry.stream_id) > position(cursor):
-            break
-        entries.append(entry)
-    return entries
+    """The log up to and including ``cursor``, without what was erased by now. Raises StoreUnavailable."""
+    entries = surviving([entry async for entry in feedback.scan()])
+    return [entry for entry in entries if position(entry.stream_id) <= position(cursor)]
 
 
 def dataset_for(policy: Version, entries: list[LogEntry], pool: list[PooledPrompt], settings: TrainSettings) -> Dataset:
@@ -288,14 +302,49 @@ def dataset_for(policy: Version, entries: list[LogEntry], pool: list[PooledPromp
         DatasetUnusable: They hold too little to learn from.
         ModelUnusable: The policy's files cannot be loaded.
     """
+    return build(entries, pool, _encoder(policy, settings), settings.worker)
+
+
+def informative(
+    asked: Mapping[str, Sequence[Prompt]],
+    policy: Version,
+    reward_model: Version,
+    settings: TrainSettings,
+    seed: int,
+) -> dict[str, float]:
+    """How informative comparisons of ``policy``'s completions would be, in nats, by whatever names the prompts.
+
+    A name's figure is that of its most informative prompt; one without a prompt that can be completed is left out.
+
+    Raises:
+        ModelUnusable: The versions' files cannot be loaded.
+    """
+    encoder = _encoder(policy, settings)
+    ids_of: dict[str, list[tuple[int, ...]]] = {name: [] for name in asked}
+    for name, prompts in asked.items():
+        for prompt in prompts:
+            with contextlib.suppress(Unencodable):
+                ids_of[name].append(encoder.prompt(prompt))
+    distinct = list(dict.fromkeys(ids for each in ids_of.values() for ids in each if ids and encoder.leaves_room(ids)))
+    nats = dict(
+        zip(
+            distinct,
+            informativeness.run(settings.evaluate, policy.path, reward_model.path, distinct, seed=seed),
+            strict=True,
+        )
+    )
+    found = {name: [nats[ids] for ids in each if ids in nats] for name, each in ids_of.items()}
+    return {name: max(each) for name, each in found.items() if each}
+
+
+def _encoder(policy: Version, settings: TrainSettings) -> Encoder:
     tokenizer_file = policy.manifest.files.get("tokenizer.json")
-    encoder = Encoder(
+    return Encoder(
         load_tokenizer(policy.path),
         tokenizer_file.sha256 if tokenizer_file else "",
         int(load_policy(policy.path).config.max_position_embeddings),
         max(settings.ppo.max_completion_tokens, settings.evaluate.max_completion_tokens),
     )
-    return build(entries, pool, encoder, settings.worker)
 
 
 def is_due(comparisons: int, seconds: float, settings: WorkerSettings) -> bool:

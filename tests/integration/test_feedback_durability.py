@@ -14,7 +14,7 @@ from feedback.embedded import EmbeddedRedis, start_or_join
 from feedback.errors import StoreUnavailable
 from feedback.records import Comparison
 from feedback.settings import FeedbackSettings
-from feedback.store import FeedbackStore
+from feedback.store import Appended, FeedbackStore, LogEntry
 
 MakeComparison = Callable[..., Comparison]
 
@@ -37,6 +37,11 @@ def send_signal(url: str, number: signal.Signals) -> int:
         pid: int = client.info("server")["process_id"]
     os.kill(pid, number)
     return pid
+
+
+def labeler_of(entry: Appended | LogEntry) -> str:
+    assert isinstance(entry.record, Comparison)
+    return entry.record.labeler
 
 
 async def until_it_works(store: FeedbackStore) -> float:
@@ -65,8 +70,8 @@ async def test_kill_9_under_load_loses_nothing_acknowledged_and_doubles_nothing(
                 refused += 1  # unknown outcome: the same record again must still be one
                 await asyncio.sleep(0.02)
                 continue
-            assert appended.record.labeler == record.labeler
-            acknowledged[appended.record.labeler] = appended.stream_id
+            assert labeler_of(appended) == record.labeler
+            acknowledged[record.labeler] = appended.stream_id
             number += 1
 
     clients = [asyncio.create_task(client(name)) for name in range(16)]
@@ -80,7 +85,7 @@ async def test_kill_9_under_load_loses_nothing_acknowledged_and_doubles_nothing(
     stop.set()
     await asyncio.gather(*clients)
 
-    stored = [(entry.record.labeler, entry.stream_id) async for entry in store.scan()]
+    stored = [(labeler_of(entry), entry.stream_id) async for entry in store.scan()]
     assert refused >= 5
     assert len({labeler for labeler, _ in stored}) == len(stored)
     assert acknowledged.items() <= dict(stored).items()
@@ -102,7 +107,7 @@ async def test_a_stopped_redis_is_said_to_be_unavailable_in_time_and_serves_agai
     finally:
         os.kill(pid, signal.SIGCONT)
     again = await store.append(make_comparison(labeler="L-0"))
-    assert [e.record.labeler async for e in store.scan()].count("L-0") == 1
+    assert [labeler_of(entry) async for entry in store.scan()].count("L-0") == 1
     assert await store.record(again.record.id) == again.record
 
 

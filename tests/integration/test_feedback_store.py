@@ -54,6 +54,16 @@ async def stream_ids(store: FeedbackStore) -> list[str]:
     return [entry.stream_id async for entry in store.scan(batch=7)]
 
 
+async def test_what_a_labeler_judged_is_noted_with_the_record(
+    store: FeedbackStore, make_comparison: MakeComparison, redis: Redis
+) -> None:
+    judged = make_comparison()
+    await store.append(judged)
+    assert not await store.give(judged.labeler, judged.prompt)  # so no blind task shows it to them
+    assert await store.give("somebody else", judged.prompt)
+    assert await store.give(judged.labeler, Prompt(text="another"))
+
+
 async def test_a_record_is_appended_and_found_again(store: FeedbackStore, make_comparison: MakeComparison) -> None:
     assert await store.head() == "0-0"
     comparison = make_comparison(comment="a frog — ünïcode 🐸", metadata={"task": "story"})

@@ -195,6 +195,9 @@ def _check_feedback(check: Checked, chat: str) -> None:
     rated = {"completion_id": chat, "overall": 5}
     kept = check("POST", "/v1/feedback/ratings", 201, json=rated)
     assert check("POST", "/v1/feedback/ratings", 200, json=rated) == kept
+    check("GET", "/v1/feedback/comparisons", 200, params={"limit": 1})
+    check("GET", "/v1/feedback/summary", 200)
+    check("DELETE", "/v1/feedback/principals/{principal_name}", 200, "nobody")
     messages = [{"role": "user", "content": "hello"}]
     for prompt in ({"prompt": "hello"}, {"messages": messages}):
         task = check("POST", "/v1/feedback/tasks", 201, json=prompt)
@@ -207,7 +210,9 @@ def test_every_error_of_a_wrong_request_is_as_told(
     check = Checked(api, http)
     for method, path, operation in operations(document):
         ids = "nothing" if "{" in path else ""
-        if ids:
+        if path == "/v1/feedback/principals/{principal_name}":
+            check("DELETE", path, 400, "n" * 65)
+        elif ids:
             check(method.upper(), path, 404, ids, **({"json": {"metadata": None}} if method == "post" else {}))
         if method == "post":
             check("POST", path, 413, ids, content=b" " * ((1 << 20) + 1), headers=JSON)
@@ -230,6 +235,7 @@ def test_every_error_of_a_wrong_request_is_as_told(
     check("POST", "/v1/feedback/demonstrations", 404, json={"completion_id": "none", "completion": "a"})
     check("POST", "/v1/feedback/ratings", 404, json={"completion_id": "none", "overall": 1})
     check("GET", "/v1/chat/completions", 400, params={"limit": 101})
+    check("GET", "/v1/feedback/comparisons", 400, params={"limit": 101})
     check("GET", "/v1/chat/completions/{completion_id}/messages", 400, "nothing", params={"limit": 101})
     told = {(m, p, int(s)) for m, p, operation in operations(document) for s in operation["responses"]}
     elsewhere = (401, 403, 409, 429)  # of keys, rates and requests in flight

@@ -84,12 +84,15 @@ def test_an_engine_that_is_gone_or_stopped_is_started_again(
     server: RunningServer, sent: signal.Signals, reason: str
 ) -> None:
     before = answer(server).json()["choices"]
-    with ThreadPoolExecutor(1) as threads:
-        running = threads.submit(answer, server, max_tokens=200, ignore_eos=True, n=16, temperature=1)
+    long = {"max_tokens": 200, "ignore_eos": True, "n": 16, "temperature": 1}
+    with ThreadPoolExecutor(2) as threads:
+        whole = threads.submit(answer, server, **long)
+        streamed = threads.submit(answer, server, **long, stream=True)
         time.sleep(0.3)
         os.kill(engine_process(server), sent)
         until_not_ready(server, 6.5)
-        assert_overloaded(running.result())  # what was running is told to come again, not left waiting
+        assert_overloaded(whole.result())  # what was running is told to come again, not left waiting
+        assert '"error"' in streamed.result().text and "[DONE]" not in streamed.result().text
     if reason == "died":
         assert_overloaded(answer(server))
     server.wait_ready()

@@ -41,7 +41,9 @@ async def test_rankings_are_of_k_candidates_by_the_labelers_in_turn(crowd: Crowd
     kept = [await store.record(comparison_id) for comparison_id in crowd.acknowledged]
     assert len(done) == len(kept) == 6
     assert all(isinstance(one, Comparison) and len(one.candidates) == 4 for one in kept)
-    assert sorted(one.labeler for one in kept if one) == [f"labeler-0{n}" for n in (1, 1, 2, 2, 3, 3)]
+    assert sorted(one.labeler for one in kept if isinstance(one, Comparison)) == [
+        f"labeler-0{n}" for n in (1, 1, 2, 2, 3, 3)
+    ]
     assert (crowd.tally.requests, crowd.tally.failed) == (6 * 3, 0)
 
 

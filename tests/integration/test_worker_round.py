@@ -2,18 +2,25 @@
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
+from stored_completions_app import kept
 from tiny_loop import SETTINGS, TOLERANT, Loop, tiny_loop
 
 from deploy.registry import Lease
 from deploy.versions import VersionKind
+from feedback.errors import StoreUnavailable
+from feedback.pool import UNSCORED_NATS
+from feedback.records import Erasure, Prompt, name_digest
 from feedback.settings import FeedbackSettings
+from feedback.store import FeedbackStore
 from train.round import Outcome, RunDirectory
-from train.worker import Stores, Worker
+from train.worker import Stores, Worker, log_until
 
 
 @pytest.fixture
@@ -85,6 +92,60 @@ async def test_a_later_round_restarts_from_the_first_reward_model(loop: Loop) ->
     assert second == 2 * fresh, "every fresh comparison, and as many of the first ones"
     assert "previous_held_out_accuracy" in refitted.metrics
     assert loop.registry.get(VersionKind.POLICY, 3).manifest.parent == 1, "from the stable policy, not the newest"
+
+
+async def ask_for_more(loop: Loop, count: int) -> None:
+    """Customers' prompts, stored beside those of the comparisons."""
+    tokenizer = loop.registry.get(VersionKind.POLICY, 1).manifest.files["tokenizer.json"].sha256
+    asked = [tuple(loop.rng.randrange(2, 16) for _ in range(5)) for _ in range(count)]
+    prompts = [Prompt(text=" ".join(f"w{i}" for i in ids), token_ids=ids, tokenizer=tokenizer) for ids in asked]
+    await loop.stores.feedback.keep([kept(f"c{n:02d}", n, prompts=(prompt,)) for n, prompt in enumerate(prompts)])
+
+
+async def test_the_new_reward_model_says_what_labelers_should_see_next(loop: Loop) -> None:
+    await loop.compare(60)
+    await ask_for_more(loop, 30)
+    worker = SETTINGS.worker.model_copy(update={"score_pool_prompts": 20})
+    assert (await step(loop.worker(SETTINGS.model_copy(update={"worker": worker})))).reward_model == 1
+    async with Redis.from_url(loop.url, decode_responses=True) as redis:
+        in_pool: Any = await redis.zrange("pool:prompts", 0, -1, withscores=True)
+        nats: dict[str, float] = dict(in_pool)
+    scored = {name for name, score in nats.items() if not UNSCORED_NATS <= score < UNSCORED_NATS + 1e-6}
+    assert scored == {f"c{number}" for number in range(10, 30)}, "the newest"
+    assert len({nats[name] for name in scored}) == 20, "each by its own completions"
+    assert all(0 <= nats[name] <= math.log(2) for name in scored)
+
+
+async def test_a_pool_that_cannot_be_scored_does_not_undo_the_round(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def unavailable(*_: object) -> None:
+        raise StoreUnavailable("away")
+
+    await loop.compare(60)
+    monkeypatch.setattr(FeedbackStore, "prompts_to_score", unavailable)
+    assert (await step(loop.worker())).status == "passed"
+    assert "no prompts are scored for labelers: away" in caplog.text
+
+
+async def test_what_was_erased_after_the_cursor_is_not_learnt_from(loop: Loop) -> None:
+    await loop.compare(10)
+    head = await loop.stores.feedback.head()
+    assert len(await log_until(loop.stores.feedback, head)) == 10
+    said = Erasure(id="era_1", created=1.0, principal="operator", erased=name_digest("alice"))
+    await loop.stores.feedback.append(said)  # the records are still there
+    assert await log_until(loop.stores.feedback, head) == []
+
+
+async def test_the_record_of_a_round_counts_whom_it_trusts_less(loop: Loop) -> None:
+    await loop.compare(30)
+    await loop.compare(10, contrary=True)
+    await step(loop.worker())
+    (run,) = loop.runs()
+    counts = json.loads((run.path / "dataset.json").read_bytes())
+    assert (counts["labelers"], counts["superseded"], counts["golden"]) == (2, 0, 0)
+    assert counts["labelers_trusted_less"] == 2, "they contradict each other, and nobody knows who is right"
+    assert counts["comparisons_trusted_less"] == 50 and counts["comparisons_not_trusted"] == 0
 
 
 async def test_a_refused_round_keeps_its_labels_and_waits_for_new_ones(loop: Loop) -> None:

@@ -1,8 +1,9 @@
-import json
+from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
-from feedback.export import Format, rows
+from feedback.export import Format, NotForParquet, PairParquet, UnsayablePrompt, pairs
 from feedback.records import Candidate, Comparison, Demonstration, Prompt
 from feedback.store import LogEntry
 
@@ -35,23 +36,15 @@ def demonstrated(corrects: Candidate | None) -> LogEntry:
     )
 
 
-def test_native_is_the_record_with_its_place() -> None:
-    entry = ranked(TEXT)
-    [row] = rows(entry, Format.NATIVE)
-    assert row.pop("stream_id") == "5-0"
-    assert Comparison.model_validate_json(json.dumps(row)) == entry.record
-    assert len(list(rows(demonstrated(None), Format.NATIVE))) == 1
-
-
 def test_trl_standard_form_for_text() -> None:
-    assert list(rows(ranked(TEXT), Format.TRL)) == [
+    assert list(pairs(ranked(TEXT), Format.TRL)) == [
         {"prompt": "frog:", "chosen": "wet", "rejected": "green"},
         {"prompt": "frog:", "chosen": "wet", "rejected": "brown"},
     ]
 
 
 def test_trl_conversational_form_for_a_chat() -> None:
-    assert next(rows(ranked(CHAT), Format.TRL)) == {
+    assert next(pairs(ranked(CHAT), Format.TRL)) == {
         "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "frog?"}],
         "chosen": [{"role": "assistant", "content": "wet"}],
         "rejected": [{"role": "assistant", "content": "green"}],
@@ -59,8 +52,8 @@ def test_trl_conversational_form_for_a_chat() -> None:
 
 
 def test_openai_form() -> None:
-    assert next(rows(ranked(CHAT), Format.OPENAI))["input"] == {"messages": list(CHAT.messages or ())}
-    assert next(rows(ranked(TEXT), Format.OPENAI)) == {
+    assert next(pairs(ranked(CHAT), Format.OPENAI))["input"] == {"messages": list(CHAT.messages or ())}
+    assert next(pairs(ranked(TEXT), Format.OPENAI)) == {
         "input": {"messages": [{"role": "user", "content": "frog:"}]},
         "preferred_output": [{"role": "assistant", "content": "wet"}],
         "non_preferred_output": [{"role": "assistant", "content": "green"}],
@@ -68,12 +61,43 @@ def test_openai_form() -> None:
 
 
 def test_a_correction_is_a_pair_and_a_plain_demonstration_is_none() -> None:
-    assert list(rows(demonstrated(Candidate(text="gren")), Format.TRL)) == [
+    assert list(pairs(demonstrated(Candidate(text="gren")), Format.TRL)) == [
         {"prompt": "frog:", "chosen": "grün", "rejected": "gren"}
     ]
-    assert list(rows(demonstrated(None), Format.OPENAI)) == []
+    assert list(pairs(demonstrated(None), Format.OPENAI)) == []
 
 
 def test_a_prompt_of_token_ids_alone_is_refused_in_the_pair_forms() -> None:
-    with pytest.raises(ValueError, match="cmp_1 has a prompt of token ids only"):
-        list(rows(ranked(Prompt(token_ids=(1, 2))), Format.TRL))
+    with pytest.raises(UnsayablePrompt, match="cmp_1 has a prompt of token ids only"):
+        list(pairs(ranked(Prompt(token_ids=(1, 2))), Format.TRL))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "form"), [(TEXT, Format.TRL), (CHAT, Format.TRL), (TEXT, Format.OPENAI), (CHAT, Format.OPENAI)]
+)
+def test_parquet_holds_what_the_lines_say(tmp_path: Path, prompt: Prompt, form: Format) -> None:
+    said = list(pairs(ranked(prompt), form))
+    with PairParquet(tmp_path / "pairs.parquet", form) as file:
+        for row in said:
+            file.add(row)
+    assert pq.read_table(tmp_path / "pairs.parquet").to_pylist() == said
+
+
+def test_parquet_of_nothing_has_its_columns(tmp_path: Path) -> None:
+    with PairParquet(tmp_path / "pairs.parquet", Format.TRL):
+        pass
+    assert pq.read_table(tmp_path / "pairs.parquet").column_names == ["prompt", "chosen", "rejected"]
+
+
+def test_parquet_refuses_what_it_would_have_to_drop(tmp_path: Path) -> None:
+    parts = Prompt(messages=({"role": "user", "content": [{"type": "text", "text": "frog"}]},))
+    named = Prompt(messages=({"role": "user", "content": "frog", "name": "ann"},))
+    for prompt in (parts, named):
+        with pytest.raises(NotForParquet, match="JSON lines"), PairParquet(tmp_path / "x", Format.TRL) as file:
+            file.add(next(pairs(ranked(prompt), Format.TRL)))
+    with (
+        pytest.raises(NotForParquet, match="both text prompts and chats"),
+        PairParquet(tmp_path / "y", Format.TRL) as file,
+    ):
+        file.add(next(pairs(ranked(TEXT), Format.TRL)))
+        file.add(next(pairs(ranked(CHAT), Format.TRL)))

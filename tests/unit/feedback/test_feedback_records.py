@@ -15,11 +15,14 @@ from feedback.records import (
     Choice,
     Comparison,
     Demonstration,
+    Erasure,
     Prompt,
     StoredCompletion,
     content_digest,
     decode,
     encode,
+    marks_of,
+    name_digest,
     new_id,
     pack,
     ranking_problem,
@@ -152,6 +155,24 @@ def test_content_digest_ignores_only_id_and_time() -> None:
     again = one.model_copy(update={"id": "cmp_2", "created": 9.0})
     assert content_digest(one) == content_digest(again)
     assert content_digest(one) != content_digest(one.model_copy(update={"comment": "because"}))
+
+
+def test_an_erasure_covers_what_the_principal_gave_and_what_was_made_of_its_prompts() -> None:
+    erasure = Erasure(id="era_1", created=1.0, principal="root", erased=name_digest("alice"))
+    hers = comparison(["a", "b"], [[0], [1]])
+    shown = hers.model_copy(update={"principal": "bob", "prompt": Prompt(text="frog", asked_by="alice")})
+    his = hers.model_copy(
+        update={"principal": "bob", "labeler": "alice", "prompt": Prompt(text="alice", asked_by="bob")}
+    )
+    assert [erasure.covers(record) for record in (hers, shown, his, erasure)] == [True, True, False, False]
+    assert decode(*encode(erasure)) == erasure
+    assert "alice" not in erasure.model_dump_json()
+    marked = [any(mark in encode(record)[0] for mark in marks_of("alice")) for record in (hers, shown, his)]
+    assert marked == [True, True, False]
+
+
+def test_who_asked_a_prompt_is_no_part_of_what_it_asks() -> None:
+    assert FROG.key() == FROG.model_copy(update={"asked_by": "alice"}).key()
 
 
 def test_prompts_that_ask_the_same_have_the_same_key() -> None:

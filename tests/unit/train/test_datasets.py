@@ -7,16 +7,17 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from feedback.labelers import PRIOR_WEIGHT
 from feedback.records import Candidate, Comparison, Demonstration, PooledPrompt, Prompt
 from feedback.store import LogEntry
 from train.batches import RankedPrompt
 from train.datasets import (
+    Dataset,
     Encoder,
     Judged,
     Unencodable,
     build,
     capped,
-    in_force,
     position,
     ppo_prompts,
     split,
@@ -113,12 +114,6 @@ def test_chats_go_through_the_chat_template() -> None:
 # --- which comparisons count
 
 
-def test_the_latest_comparison_of_a_labeler_and_candidates_is_in_force() -> None:
-    first, other = comparison("hi"), comparison("hi", labeler="L-2")
-    again = first.model_copy(update={"id": "cmp_again", "ranking": ((1,), (0,))})
-    assert [record.id for _, record in in_force(log(first, other, again))] == [other.id, "cmp_again"]
-
-
 def entries(**counts: int) -> list[tuple[str, Comparison]]:
     """Comparisons of several principals, in turns."""
     turns = [(place, principal) for principal, amount in counts.items() for place in range(amount)]
@@ -160,6 +155,71 @@ def test_what_is_kept_of_a_flood_is_of_all_times_in_order_and_stays() -> None:
     assert 30 < sum(place < 150 for place in places) < 135
     later = capped([*everything, *entries(eve=400)], 0.005, 100)
     assert {one for one, _ in kept} <= {one for one, _ in later}, "allowances grow with the log; nothing is swapped"
+
+
+# --- who is trusted how far
+
+
+def crowd() -> list[Comparison]:
+    """Four careful labelers and one who inverts, all on the same 40 pairs; the inverter alone on 40 more."""
+    said = []
+    for number in range(40):
+        careful = [comparison(f"q{number}", "good", "bad", labeler=f"L-{who}") for who in range(4)]
+        inverted = comparison(f"q{number}", "good", "bad", labeler="inverts")
+        alone = comparison(f"own {number}", "good", "bad", labeler="inverts")
+        said += [*careful, *(one.model_copy(update={"ranking": ((1,), (0,))}) for one in (inverted, alone))]
+    return said
+
+
+def weights_of(dataset: Dataset) -> dict[str, set[float]]:
+    found: dict[str, set[float]] = {}
+    for one in dataset.training:
+        found.setdefault(one.ranked.labeler, set()).add(one.ranked.weight)
+    return found
+
+
+def test_comparisons_weigh_as_their_labeler_is_trusted() -> None:
+    dataset = build(log(*crowd()), [], ENCODER, SETTINGS)
+    found = weights_of(dataset)
+    assert found.pop("inverts") == {0.0}
+    assert all(len(each) == 1 and min(each) > PRIOR_WEIGHT for each in found.values())
+    assert {name: dataset.counts[name] for name in ("labelers", "labelers_trusted_less", "labelers_not_trusted")} == {
+        "labelers": 5,
+        "labelers_trusted_less": 1,
+        "labelers_not_trusted": 1,
+    }
+    assert dataset.counts["comparisons_not_trusted"] == 80
+    off = build(log(*crowd()), [], ENCODER, SETTINGS.model_copy(update={"labeler_weights": False}))
+    assert set().union(*weights_of(off).values()) == {1.0}
+    assert {one.ranked.group for one in off.training} == {one.ranked.group for one in dataset.training}
+
+
+def test_labelers_nobody_checks_weigh_the_same() -> None:
+    alone = [comparison(f"q{number}", labeler=f"L-{number % 7}") for number in range(70)]
+    dataset = build(log(*alone), [], ENCODER, SETTINGS)
+    everything = set().union(*weights_of(dataset).values())
+    assert max(everything) - min(everything) < 1e-9
+    assert (dataset.counts["labelers"], dataset.counts["labelers_trusted_less"]) == (7, 0)
+
+
+def test_controls_measure_labelers_and_are_not_learnt_from() -> None:
+    asked = [comparison(f"q{number}", labeler=f"L-{number % 2}") for number in range(60)]
+    known = [
+        comparison(f"golden {number}", labeler="operator").model_copy(update={"metadata": {"golden": "true"}})
+        for number in range(20)
+    ]
+    shown = {"source": "task", "metadata": {}}
+    checks = [
+        one.model_copy(update=shown | {"id": f"{one.id}-0", "labeler": "L-0", "task_id": one.id}) for one in known
+    ]
+    wrong = {"labeler": "L-1", "ranking": ((1,), (0,))}
+    checks += [one.model_copy(update=wrong | {"id": f"{one.id}-1", "task_id": f"{one.id}-1"}) for one in checks]
+    dataset = build(log(*asked, *known, *checks), [], ENCODER, SETTINGS)
+    assert len(dataset.training) + len(dataset.held_out) == 60
+    assert (dataset.counts["golden"], dataset.counts["superseded"]) == (60, 0)
+    found = weights_of(dataset)
+    assert min(found["L-0"]) > PRIOR_WEIGHT and found["L-1"] == {0.0}
+    assert not any("golden" in TOKENIZER.decode(list(ids)) for ids in (*dataset.prompts, *dataset.held_out_prompts))
 
 
 # --- split
@@ -260,6 +320,15 @@ def test_a_dataset_of_a_mixed_log() -> None:
     assert [position(one.stream_id) for one in dataset.training] == sorted(
         position(one.stream_id) for one in dataset.training
     )
+
+
+def test_of_many_stored_prompts_the_newest_are_sampled_from() -> None:
+    compared = [comparison(f"q{i}", principal="ann") for i in range(40)]
+    pool = [PooledPrompt(principal="bob", prompt=Prompt(text=f"pool {i}")) for i in range(40)]  # the newest first
+    few = SETTINGS.model_copy(update={"max_prompts_per_principal": 5})
+    prompts = build(log(*compared), pool, ENCODER, few).prompts
+    of_bob = [i for i in range(40) if ids(f"pool {i}") in prompts]
+    assert len(of_bob) == 5 and max(of_bob) < 12, "but for those held out, the first five"
 
 
 def test_a_log_without_pairs_is_refused_with_what_to_do() -> None:

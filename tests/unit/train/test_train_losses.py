@@ -29,9 +29,19 @@ def test_ranking_loss_averages_over_a_prompts_pairs_and_then_over_prompts() -> N
     first = 0.3132617  # -log sigmoid(1)
     second = (0.6931472 + 0.6931472 + 0.1269280) / 3  # -log sigmoid of 0, 0, 2
     even = losses.ranking_loss(scores, chosen, rejected, prompt, torch.tensor([1.0, 1.0]))
-    weighted = losses.ranking_loss(scores, chosen, rejected, prompt, torch.tensor([3.0, 1.0]))
+    weighted = losses.ranking_loss(scores, chosen, rejected, prompt, torch.tensor([1.5, 0.5]))
     assert even.item() == pytest.approx((first + second) / 2, abs=1e-6)
-    assert weighted.item() == pytest.approx((3 * first + second) / 4, abs=1e-6)
+    assert weighted.item() == pytest.approx((1.5 * first + 0.5 * second) / 2, abs=1e-6)
+
+
+def test_preference_entropy_by_hand() -> None:
+    # H(1/2) = ln 2; H(sigma(ln 4)) = H(0.8) = 0.5004; the third completion is the first again.
+    scores = torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0 + math.log(4), 1.0], [0.0, 0.0, 100.0]])
+    differs = ~torch.eye(3, dtype=torch.bool).repeat(3, 1, 1)
+    differs[1, 0, 2] = differs[1, 2, 0] = False
+    found = losses.preference_entropy(scores, differs).tolist()
+    assert found == pytest.approx([math.log(2), 2 * 0.5004024 / 3, math.log(2) / 3], abs=1e-6)
+    assert losses.preference_entropy(scores, torch.zeros_like(differs)).tolist() == [0, 0, 0], "nothing to choose"
 
 
 def test_ranking_loss_pulls_the_chosen_up_and_the_rejected_down_and_knows_differences_only() -> None:

@@ -1,18 +1,27 @@
 """Pairs, scores and measures against naive loops over single pairs; bad data is named."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_policies import EOS, PAD, WINDOW, saved_policy, tiny_policy
 
+from feedback.labelers import PRIOR_WEIGHT
 from train import reward_model
 from train.batches import RankedPrompt, collate
 from train.errors import DatasetUnusable, TrainingDiverged
 from train.losses import ranking_loss
 from train.models import ScalarModel, load_reward_model, scalar_model_from
-from train.reward_model import collect_pairs, informative_pairs, measure_pairs, score_sequences, set_shift
+from train.reward_model import (
+    collect_pairs,
+    informative_pairs,
+    measure_pairs,
+    score_sequences,
+    set_shift,
+    with_mean_weight_1,
+)
 from train.settings import RewardModelSettings
 
 SAME = (2, 3, EOS)
@@ -67,7 +76,7 @@ def test_the_loss_is_the_mean_over_prompts_of_the_mean_over_pairs() -> None:
     found = ranking_loss(
         score_sequences(model, pairs.sequences, PAD), pairs.chosen, pairs.rejected, pairs.prompt, pairs.weight
     )
-    assert found.item() == pytest.approx(total / 1.5, abs=1e-5)
+    assert found.item() == pytest.approx(total / 2, abs=1e-5)
 
 
 @torch.no_grad()
@@ -111,6 +120,36 @@ def test_what_was_learnt_from_is_counted(tmp_path: Path) -> None:
     metrics = run(tmp_path, [*RANKED, tied, RankedPrompt((4,), (SAME, SAME), ((0, 1),))])
     assert (metrics["prompts"], metrics["prompts_without_pairs"], metrics["pairs"]) == (2, 2, 5)
     assert metrics["held_out_pairs"] == 5
+
+
+def test_weights_average_1_and_equal_ones_change_nothing(tmp_path: Path) -> None:
+    scaled = with_mean_weight_1([replace(RANKED[0], weight=0.9), replace(RANKED[1], weight=0.3)])
+    assert [prompt.weight for prompt in scaled] == pytest.approx([1.5, 0.5])
+    assert with_mean_weight_1([]) == []
+    run(tmp_path / "plain", [replace(prompt, weight=1.0) for prompt in RANKED])
+    run(tmp_path / "equal", [replace(prompt, weight=PRIOR_WEIGHT) for prompt in RANKED])
+    plain, equal = ((tmp_path / name / "rm" / "model.safetensors").read_bytes() for name in ("plain", "equal"))
+    assert plain == equal, "where all are trusted alike, the loss is the paper's"
+
+
+def test_who_is_not_trusted_at_all_is_left_out(tmp_path: Path) -> None:
+    contrary = [replace(prompt, pairs=tuple((j, i) for i, j in prompt.pairs), weight=0.0) for prompt in RANKED]
+    one = replace(RANKED[0], weight=0.4)
+    metrics = run(tmp_path / "with", [*contrary, one])
+    assert (metrics["prompts"], metrics["prompts_without_weight"], metrics["pairs"]) == (1, 2, 3)
+    run(tmp_path / "without", [one])
+    assert (tmp_path / "with/rm/model.safetensors").read_bytes() == (
+        tmp_path / "without/rm/model.safetensors"
+    ).read_bytes()
+    with pytest.raises(DatasetUnusable, match="guess or invert"):
+        run(tmp_path / "none", contrary)
+
+
+@torch.no_grad()
+def test_measures_do_not_depend_on_weights() -> None:
+    model = scalar_model_from(tiny_policy())
+    plain = measure_pairs(model, [replace(prompt, weight=1.0) for prompt in RANKED], PAD)
+    assert plain == measure_pairs(model, [replace(RANKED[0], weight=0.0), RANKED[1]], PAD)
 
 
 def test_without_demonstrations_the_ranked_completions_average_zero(tmp_path: Path) -> None:
