@@ -14,7 +14,7 @@ from feedback.errors import StoreUnavailable
 from feedback.removal import ErasureUnderWay
 from serve.appending import conflict
 from serve.auth import OperatorPrincipal
-from serve.openapi import Error, Responses
+from serve.openapi import Error, Responses, errors
 from serve.services import ServicesDep
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class ErasureObject(BaseModel):
     unreadable: int = Field(description="damaged records that nobody can tell the owner of; they stay, unused")
 
 
-@router.delete("/principals/{principal_name}", responses=_UNDER_WAY)
+@router.delete("/principals/{principal_name}", responses=errors(400) | _UNDER_WAY)
 async def erase_principal(
     principal_name: Annotated[str, PathParameter(min_length=1, max_length=64)],
     request: Request,
