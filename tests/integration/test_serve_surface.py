@@ -317,7 +317,7 @@ def test_chat_uses_the_versions_own_template(ask: Ask) -> None:
 
 def test_a_version_is_pinned_by_name(ask: Ask) -> None:
     assert content(chat(ask, **GREEDY, model="policy-v1")) == content(chat(ask, **GREEDY))
-    assert [model.id for model in ask("models.list").data] == ["policy", "policy-v1"]
+    assert [model.id for model in ask("models.list").data][:2] == ["policy", "policy-v1"]  # others may be kept warm
     assert ask("models.retrieve", model="policy-v1").id == "policy-v1"
     with pytest.raises(openai.NotFoundError) as refused:
         chat(ask, model="policy-v9")
