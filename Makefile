@@ -7,10 +7,10 @@ BIN := .venv/bin
 # One process a core: two libraries that each start a thread per core starve each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup up demo test browser bench-serve lint format lock clean
+.PHONY: help setup up demo test browser bench-serve bench-feedback lint format lock clean
 
 help: ## list the commands
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(STAMP) ## build .venv from the lock
 $(STAMP): $(LOCK) deploy/requirements/torch.txt deploy/requirements/install.sh pyproject.toml
@@ -32,6 +32,9 @@ browser: setup
 
 bench-serve: setup ## our server against vLLM's own, about 11 minutes of an idle machine; ARGS="--quick --json FILE"
 	PYTHONPATH=.:tests $(BIN)/python tests/bench/bench_serve.py $(ARGS)
+
+bench-feedback: setup ## feedback under load and with a long log, about 5 minutes of an idle machine; ARGS="--quick --records 1000000"
+	PYTHONPATH=.:tests $(BIN)/python tests/bench/bench_feedback.py $(ARGS)
 
 lint: setup ## style, types and layers
 	$(BIN)/ruff check .

@@ -33,7 +33,7 @@ from serve.auth import Access, Rates, is_loopback
 from serve.error_response import add_error_handlers
 from serve.fleet import Fleet
 from serve.metrics import Metrics
-from serve.middleware import BodyLimit, RequestObserver
+from serve.middleware import BodyLimit, FeedbackQueue, RequestObserver
 from serve.openapi import describe
 from serve.recording import Recorder
 from serve.services import Services
@@ -90,6 +90,7 @@ def create_app(settings: ServeSettings, feedback_settings: FeedbackSettings, sta
         lifespan=lifespan,
         middleware=[
             Middleware(RequestObserver, metrics=metrics),
+            Middleware(FeedbackQueue, max_pending=settings.max_pending_feedback),
             Middleware(BodyLimit, max_body_bytes=settings.max_body_bytes),
         ],
     )

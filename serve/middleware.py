@@ -7,6 +7,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from feedback.records import new_id
+from serve.error_response import error_response
 from serve.metrics import Metrics
 
 log = logging.getLogger("serve.access")
@@ -63,6 +64,33 @@ class RequestObserver:
                     "seconds": round(seconds, 4),
                 }
                 log.info("request", extra=told)
+
+
+class FeedbackQueue:
+    """Answers 429 at once to feedback beyond what may be under way, before its body is read.
+
+    A store that cannot keep up answers late; without a bound, requests would pile up until nobody gets an answer.
+    """
+
+    def __init__(self, app: ASGIApp, max_pending: int) -> None:
+        self._app = app
+        self._max_pending = max_pending
+        self._pending = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http" or scope["method"] != "POST" or not scope["path"].startswith("/v1/feedback/"):
+            await self._app(scope, receive, send)
+            return
+        if self._pending >= self._max_pending:
+            busy = error_response(429, "too much feedback is under way; nothing was kept", None, "queue_full")
+            await busy(scope, receive, send)
+            return
+        self._pending += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._pending -= 1
 
 
 class BodyLimit:

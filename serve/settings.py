@@ -44,6 +44,11 @@ class ServeSettings(TableSettings):
         gt=0,
         description="completions sampled or waiting in one engine; beyond, 429 at once; ours: 2 of the largest",
     )
+    max_pending_feedback: int = Field(
+        512,
+        gt=0,
+        description="feedback requests under way at once; beyond, 429 at once; ours: two batches of the store",
+    )
     kv_cache_gib: int = Field(1, gt=0, description="GiB of key-value cache per engine on CPU (VLLM_CPU_KVCACHE_SPACE)")
     engine_threads: int = Field(1, gt=0, description="OMP threads of one engine on CPU")
     tool_call_parser: str = Field(

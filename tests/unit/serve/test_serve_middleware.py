@@ -1,5 +1,6 @@
 """Request ids and the body limit, on a bare ASGI app."""
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
@@ -10,7 +11,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from serve.metrics import Metrics
-from serve.middleware import BodyLimit, RequestObserver
+from serve.middleware import BodyLimit, FeedbackQueue, RequestObserver
 
 
 async def echo_length(scope: Scope, receive: Receive, send: Send) -> None:
@@ -63,3 +64,24 @@ async def test_answers_are_counted() -> None:
     http, metrics = client()
     await http.get("/")
     assert b'instructloop_requests_total{policy_version="",route="unmatched",status="200"} 1.0' in metrics.page()
+
+
+async def test_feedback_beyond_what_may_be_under_way_is_refused_before_it_is_read() -> None:
+    go_on = asyncio.Event()
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await go_on.wait()
+        await echo_length(scope, receive, send)
+
+    app = FeedbackQueue(slow, max_pending=2)
+    async with AsyncClient(transport=ASGITransport(app=app), base_url="http://test") as http:
+        waiting = [asyncio.create_task(http.post("/v1/feedback/comparisons", content=b"abc")) for _ in range(2)]
+        await asyncio.sleep(0)
+        refused = await http.post("/v1/feedback/ratings", content=b"abc")
+        assert refused.status_code == 429 and int(refused.headers["Retry-After"]) <= 60
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        others = [asyncio.create_task(http.post("/v1/completions", content=b"abcd"))]
+        others += [asyncio.create_task(http.get("/v1/feedback/summary"))]
+        go_on.set()
+        assert [(await answer).text for answer in [*waiting, *others]] == ["3", "3", "4", "0"]
+        assert (await http.post("/v1/feedback/comparisons", content=b"ab")).text == "2"
