@@ -42,6 +42,19 @@ from serve.supervision import supervise
 
 log = logging.getLogger(__name__)
 
+_ROUTES = (
+    completions,
+    stored_completions,
+    comparisons,
+    comparison_list,
+    ratings,
+    tasks,
+    summary,
+    erasure,
+    health,
+    page_routes,
+)
+
 
 def create_app(settings: ServeSettings, feedback_settings: FeedbackSettings, state: Path, redis_url: str) -> FastAPI:
     """The server over one state directory and one Redis."""
@@ -95,18 +108,7 @@ def create_app(settings: ServeSettings, feedback_settings: FeedbackSettings, sta
         ],
     )
     add_error_handlers(app)
-    for routes in (
-        completions,
-        stored_completions,
-        comparisons,
-        comparison_list,
-        ratings,
-        tasks,
-        summary,
-        erasure,
-        health,
-        page_routes,
-    ):
+    for routes in _ROUTES:
         app.include_router(routes.router)
     app.openapi_schema = describe(app, settings)
     return app
