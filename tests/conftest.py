@@ -1,17 +1,21 @@
 """Fixtures every package's tests share: a short state directory and a real, durable redis-server."""
 
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from redis import Redis
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
 from running_server import RunningServer, build_policy, publish_policy, start_server
 
 from deploy.registry import Registry
-from feedback.embedded import EmbeddedRedis, start_or_join
+from feedback.embedded import start_or_join
 from feedback.records import Candidate, Comparison, Prompt, new_id
+from feedback.store import DURABLE
 
 
 def _short_directory() -> Iterator[Path]:
@@ -26,20 +30,47 @@ def state_dir() -> Iterator[Path]:
     yield from _short_directory()
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests of feedback and releases run on the embedded Redis and, where one is installed, on the machine's own."""
+    if "shared_redis" in metafunc.fixturenames and metafunc.module.__name__.startswith(
+        ("test_feedback", "test_deploy")
+    ):
+        servers = ["embedded", "installed"] if shutil.which("redis-server") else ["embedded"]
+        metafunc.parametrize("shared_redis", servers, indirect=True, scope="session")
+
+
 @pytest.fixture(scope="session")
-def shared_redis() -> Iterator[EmbeddedRedis]:
-    """One embedded redis-server for the whole session; tests take ``redis_url``."""
+def shared_redis(request: pytest.FixtureRequest) -> Iterator[str]:
+    """URL of one redis-server for the whole session; tests take ``redis_url``."""
     for state in _short_directory():
-        with start_or_join(state) as server:
-            yield server
+        if getattr(request, "param", "embedded") == "embedded":
+            with start_or_join(state) as server:
+                yield server.url
+        else:
+            yield from _installed_redis(state)
+
+
+def _installed_redis(directory: Path) -> Iterator[str]:
+    """The machine's own redis-server, configured as ours is."""
+    socket = directory / "redis.sock"
+    settings = [part for name, value in DURABLE.items() for part in (f"--{name}", value)]
+    command = ["redis-server", "--port", "0", "--unixsocket", str(socket), "--dir", str(directory), *settings]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        with Redis.from_url(f"unix://{socket}", retry=Retry(ConstantBackoff(0.1), 50)) as client:
+            client.ping()
+        yield f"unix://{socket}"
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 @pytest.fixture
-def redis_url(shared_redis: EmbeddedRedis) -> str:
+def redis_url(shared_redis: str) -> str:
     """URL of an empty, durable redis-server. Tests that stop or misconfigure one start their own in ``state_dir``."""
-    with Redis.from_url(shared_redis.url) as client:
+    with Redis.from_url(shared_redis) as client:
         client.flushall()
-    return shared_redis.url
+    return shared_redis
 
 
 @pytest.fixture
