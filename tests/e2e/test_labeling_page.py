@@ -65,6 +65,7 @@ def test_clicks_rank_and_a_chip_can_be_dragged_out(labeling: LabelingServer, ope
 
 def test_ranking_by_keyboard_alone(labeling: LabelingServer, open_page: OpenPage) -> None:
     page = open_page(labeling.url, labeler=None)
+    expect(page.get_by_label("Your name or code")).to_be_focused()
     page.keyboard.type("L-1")
     page.keyboard.press("Enter")
     judged(page)
