@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -87,9 +87,7 @@ def create_app(settings: ServeSettings, feedback_settings: FeedbackSettings, sta
         try:
             yield
         finally:
-            for task in background:
-                task.cancel()
-            await asyncio.gather(*background, return_exceptions=True)
+            await _end(background)
             await fleet.close()
             await recorder.flush()
             await store.close()
@@ -112,6 +110,15 @@ def create_app(settings: ServeSettings, feedback_settings: FeedbackSettings, sta
         app.include_router(routes.router)
     app.openapi_schema = describe(app, settings)
     return app
+
+
+async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Cancel tasks until they have ended: a library that is just timing out may swallow the first cancellation."""
+    running = set(tasks)
+    while running:
+        for task in running:
+            task.cancel()
+        _, running = await asyncio.wait(running, timeout=1.0)
 
 
 def _end_server_if_failed(task: asyncio.Task[None]) -> None:

@@ -174,7 +174,7 @@ def serving(redis_url: str, state: Path) -> Iterator[LabelingServer]:
 
         await asyncio.gather(uvicorn_server.serve(), tell())
 
-    thread = threading.Thread(target=server.loop.run_until_complete, args=(serve(),))
+    thread = threading.Thread(target=server.loop.run_until_complete, args=(serve(),), daemon=True)
     thread.start()
     try:
         assert started.wait(30), "the server did not start"
