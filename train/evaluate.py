@@ -18,17 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deploy.versions import CanaryPrompt
 from train.batches import Batch, RankedPrompt, TokenStream
 from train.losses import token_logprobs
-from train.models import (
-    completion_logits,
-    load_policy,
-    load_reward_model,
-    load_tokenizer,
-    nonfinite_weights,
-    pad_id_of,
-    pretraining_loss,
-)
+from train.models import completion_logits, load_policy, load_tokenizer, nonfinite_weights, pad_id_of, pretraining_loss
 from train.reward_model import measure_pairs, score_sequences
 from train.sampling import Episodes, greedy, sample_episodes
+from train.scalar_model import load_reward_model
 from train.settings import EvaluateSettings
 
 SEQUENCES_PER_FORWARD = 32

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from train.losses import preference_entropy
-from train.models import load_policy, load_reward_model, load_tokenizer, pad_id_of
+from train.models import load_policy, load_tokenizer, pad_id_of
 from train.reward_model import score_sequences
 from train.sampling import sample_episodes
+from train.scalar_model import load_reward_model
 from train.settings import EvaluateSettings
 
 COMPLETIONS = 4

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from train.batches import TokenStream
 from train.errors import ModelUnusable
-from train.models import ScalarModel, load_policy, load_reward_model, load_tokenizer
+from train.models import load_policy, load_tokenizer
 from train.optimizer import adamw
+from train.scalar_model import ScalarModel, load_reward_model
 from train.settings import PpoSettings
 
 

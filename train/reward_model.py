@@ -23,19 +23,10 @@ from feedback.preference import wilson
 from train.batches import Demonstrated, RankedPrompt, collate, length_buckets
 from train.errors import DatasetUnusable
 from train.losses import ranking_loss
-from train.models import (
-    ScalarModel,
-    is_reward_model,
-    load_policy,
-    load_reward_model,
-    load_tokenizer,
-    nonfinite_weights,
-    pad_id_of,
-    save_reward_model,
-    scalar_model_from,
-)
+from train.models import is_reward_model, load_policy, load_tokenizer, nonfinite_weights, pad_id_of
 from train.optimizer import adamw, cosine_factor, update
 from train.progress import Progress, silent
+from train.scalar_model import ScalarModel, load_reward_model, save_reward_model, scalar_model_from
 from train.settings import RewardModelSettings
 
 SEQUENCES_PER_FORWARD = 32

@@ -10,7 +10,7 @@ from tiny_policies import saved_policy, tiny_policy
 
 from train import reward_model
 from train.batches import RankedPrompt
-from train.models import load_reward_model
+from train.scalar_model import load_reward_model
 from train.settings import RewardModelSettings
 
 EOS = 1

@@ -27,9 +27,10 @@ from feedback.settings import TableSettings
 from train import ppo, reward_model, sft
 from train.batches import Demonstrated, RankedPrompt, TokenStream
 from train.errors import TrainError
-from train.models import load_policy, load_reward_model, load_tokenizer, pretraining_loss
+from train.models import load_policy, load_tokenizer, pretraining_loss
 from train.progress import Progress, silent
 from train.sampling import Episodes, sample_episodes
+from train.scalar_model import load_reward_model
 from train.settings import TrainSettings
 from train.tinyworld import evaluation, labelers, tasks, writers
 from train.tinyworld.base_model import HELD_OUT_TEXT, METRICS_FILE, base_model, web_text

@@ -6,7 +6,8 @@ import torch
 from tiny_policies import saved_policy, tiny_policy
 
 from train import informativeness
-from train.models import load_tokenizer, save_reward_model, scalar_model_from
+from train.models import load_tokenizer
+from train.scalar_model import save_reward_model, scalar_model_from
 from train.settings import EvaluateSettings
 
 SETTINGS = EvaluateSettings(max_completion_tokens=5)

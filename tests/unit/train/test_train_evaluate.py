@@ -11,9 +11,10 @@ from deploy.gate import policy_gate, reward_model_gate
 from deploy.settings import GateSettings
 from train import evaluate
 from train.batches import RankedPrompt, TokenStream
-from train.models import load_policy, load_reward_model, save_reward_model, scalar_model_from
+from train.models import load_policy
 from train.reward_model import score_sequences
 from train.sampling import Episodes
+from train.scalar_model import load_reward_model, save_reward_model, scalar_model_from
 from train.settings import EvaluateSettings
 
 PROMPTS = [(2, 3, 4), (5,), (6, 7), (8, 9, 10, 11), (12, 13), (14,)]

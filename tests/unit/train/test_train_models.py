@@ -12,18 +12,15 @@ from train.batches import collate
 from train.errors import ModelUnusable
 from train.models import (
     HEAD_FILE,
-    ScalarModel,
     completion_logits,
     is_reward_model,
     load_policy,
-    load_reward_model,
     load_tokenizer,
     nonfinite_weights,
     pad_id_of,
     pretraining_loss,
-    save_reward_model,
-    scalar_model_from,
 )
+from train.scalar_model import ScalarModel, load_reward_model, save_reward_model, scalar_model_from
 
 PROMPTS = [(3, 4, 5, 6, 7, 8), (9,), (10, 11, 12)]
 COMPLETIONS = [(13, EOS), (14, 15, 2, 3, EOS), (4, 4, 4)]

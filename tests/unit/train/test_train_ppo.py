@@ -17,8 +17,9 @@ from train.batches import TokenStream, collate
 from train.errors import DatasetUnusable, ModelUnusable, ResumePointUnusable, TrainingDiverged
 from train.learner import Learner
 from train.losses import policy_loss
-from train.models import load_policy, load_reward_model, save_reward_model, scalar_model_from
+from train.models import load_policy
 from train.sampling import Episodes, sample_episodes
+from train.scalar_model import load_reward_model, save_reward_model, scalar_model_from
 from train.settings import PpoSettings
 
 PROMPTS = [(2, 3, 4), (5,), (6, 7), (8, 9, 10, 11), (12, 13), (14,)]

@@ -13,7 +13,6 @@ from train import reward_model
 from train.batches import RankedPrompt, collate
 from train.errors import DatasetUnusable, TrainingDiverged
 from train.losses import ranking_loss
-from train.models import ScalarModel, load_reward_model, scalar_model_from
 from train.reward_model import (
     collect_pairs,
     informative_pairs,
@@ -22,6 +21,7 @@ from train.reward_model import (
     set_shift,
     with_mean_weight_1,
 )
+from train.scalar_model import ScalarModel, load_reward_model, scalar_model_from
 from train.settings import RewardModelSettings
 
 SAME = (2, 3, EOS)

@@ -1,0 +1,97 @@
+"""Reward models and value models: a policy's trunk with a scalar head.
+
+InstructGPT §3.5: "starting from the SFT model with the final unembedding layer removed".
+
+Letters in shapes: B sequences, R completion tokens, T tokens in all, d hidden size.
+"""
+
+import copy
+import math
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+
+from train.batches import Batch
+from train.errors import ModelUnusable
+from train.models import HEAD_FILE, load_pretrained
+
+
+class ScalarModel(nn.Module):
+    """A trunk with a linear head to one number per token; reward model and value model are both this.
+
+    Attributes:
+        trunk: a Hugging Face model that returns ``last_hidden_state`` [B, T, d].
+        head: d → 1, weights drawn with SD 1/√(d+1) and bias 0 (Stiennon et al. 2020, app. B.1).
+        shift: subtracted from every output; set so that demonstrations score 0 on average (InstructGPT §C.2).
+    """
+
+    shift: Tensor
+
+    def __init__(self, trunk: PreTrainedModel, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.trunk = trunk
+        width = int(trunk.config.hidden_size)
+        self.head = nn.Linear(width, 1)
+        nn.init.normal_(self.head.weight, std=1 / math.sqrt(width + 1), generator=generator)
+        nn.init.zeros_(self.head.bias)
+        self.register_buffer("shift", torch.zeros(()))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        """One number per token, [B, T]; meaningless where ``attention_mask`` [B, T] is 0."""
+        hidden = self._hidden(input_ids, attention_mask, position_ids)
+        return cast(Tensor, self.head(hidden)).squeeze(-1) - self.shift
+
+    def score(self, batch: Batch) -> Tensor:
+        """The number at each sequence's last real token, [B]: a reward model's score."""
+        hidden = self._hidden(batch.input_ids, batch.attention_mask, batch.position_ids)
+        last = hidden[torch.arange(len(hidden)), batch.last]
+        return cast(Tensor, self.head(last)).squeeze(-1) - self.shift
+
+    def values(self, batch: Batch) -> Tensor:
+        """The number before each completion token was chosen, [B, R]: a value model's estimate of what is to come."""
+        hidden = self._hidden(batch.input_ids, batch.attention_mask, batch.position_ids)
+        return cast(Tensor, self.head(hidden[:, batch.prompt_length - 1 : -1])).squeeze(-1) - self.shift
+
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        """Multiply everything this model says by ``factor``."""
+        for weight in (self.head.weight, self.head.bias, self.shift):
+            weight.mul_(factor)
+
+    def _hidden(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        output = self.trunk(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        )
+        return cast(Tensor, output.last_hidden_state)
+
+
+def scalar_model_from(policy: PreTrainedModel, generator: torch.Generator | None = None) -> ScalarModel:
+    """A fresh head on a copy of a policy's trunk, in evaluation mode."""
+    return ScalarModel(copy.deepcopy(policy.get_decoder()), generator).eval()
+
+
+def save_reward_model(model: ScalarModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write the trunk (config.json, model.safetensors), the head (head.safetensors) and the tokenizer files."""
+    model.trunk.save_pretrained(directory)
+    head = {"weight": model.head.weight, "bias": model.head.bias, "shift": model.shift}
+    save_file({name: tensor.detach().contiguous() for name, tensor in head.items()}, directory / HEAD_FILE)
+    tokenizer.save_pretrained(directory)
+
+
+def load_reward_model(directory: Path) -> ScalarModel:
+    """What ``save_reward_model`` wrote: fp32, evaluation mode. Raises ModelUnusable where it is none."""
+    model = ScalarModel(load_pretrained(AutoModel, directory))
+    try:
+        head = load_file(directory / HEAD_FILE)
+        with torch.no_grad():
+            model.head.weight.copy_(head["weight"])
+            model.head.bias.copy_(head["bias"])
+            model.shift.copy_(head["shift"])
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise ModelUnusable(f"{directory / HEAD_FILE} is not a scalar head for this trunk: {error}") from error
+    return model.eval()
