@@ -20,10 +20,11 @@ from serve.appending import IdempotencyKey, append, appended
 from serve.auth import FeedbackPrincipal, require_scope
 from serve.errors import InvalidRequest, NotFound
 from serve.feedback_bodies import ComparisonBody, DemonstrationBody
+from serve.json_route import JsonRoute
 from serve.openapi import errors
 from serve.services import Services, ServicesDep
 
-router = APIRouter(prefix="/v1/feedback")
+router = APIRouter(prefix="/v1/feedback", route_class=JsonRoute)
 
 
 class ComparedCandidate(BaseModel):

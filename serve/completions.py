@@ -6,7 +6,6 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from pydantic_core import from_json
-from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from feedback.records import Prompt
@@ -15,6 +14,7 @@ from serve.engine import CHAT, TEXT
 from serve.errors import InvalidRequest, ModelNotFound
 from serve.fleet import Asker
 from serve.forwarding import EngineAnswer
+from serve.json_route import require_json
 from serve.limits import check_completion, prompts_of
 from serve.openapi import errors
 from serve.services import Services, ServicesDep
@@ -120,8 +120,7 @@ def _model_of(body: dict[str, Any]) -> str | None:
 
 
 async def _json_object(request: Request) -> dict[str, Any]:
-    if not request.headers.get("content-type", "").lower().startswith("application/json"):
-        raise HTTPException(415, "the body must be JSON, sent with content-type: application/json")
+    require_json(request)
     try:
         # Stricter than the standard library: NaN and half a surrogate pair are no JSON, and could not be recorded.
         body = from_json(await request.body(), allow_inf_nan=False)

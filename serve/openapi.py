@@ -38,7 +38,7 @@ _MEANINGS = {
     503: "Not now; try again after Retry-After",
 }
 _WITH_KEY = (401, 403, 429, 503)
-_WITH_BODY = (400, 413)
+_WITH_BODY = (400, 413, 415)
 
 _TEXT: Schema = {"type": "string"}
 _COUNT: Schema = {"type": "string", "pattern": "^[0-9]+$"}

@@ -11,9 +11,10 @@ from serve.appending import IdempotencyKey, append, appended
 from serve.auth import FeedbackPrincipal
 from serve.comparisons import choice_of, find_completion
 from serve.feedback_bodies import RatingBody
+from serve.json_route import JsonRoute
 from serve.services import ServicesDep
 
-router = APIRouter(prefix="/v1/feedback")
+router = APIRouter(prefix="/v1/feedback", route_class=JsonRoute)
 
 
 class RatingObject(BaseModel):

@@ -32,11 +32,12 @@ from serve.completion_objects import (
     text_completion,
 )
 from serve.errors import InvalidRequest, NotFound
+from serve.json_route import JsonRoute
 from serve.limits import check_completion
 from serve.openapi import errors
 from serve.services import Services, ServicesDep
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", route_class=JsonRoute)
 
 Kind = Literal["chat.completion", "text_completion"]
 _METADATA_FILTER = re.compile(r"metadata\[(.+)\]", re.DOTALL)

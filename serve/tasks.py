@@ -22,12 +22,13 @@ from serve.errors import EngineRefused, InvalidRequest, NotFound, NotServing
 from serve.feedback_bodies import TaskBody
 from serve.fleet import hold
 from serve.forwarding import completion_id
+from serve.json_route import JsonRoute
 from serve.openapi import errors
 from serve.recording import Asked
 from serve.services import Services, ServicesDep
 from serve.task_controls import draw_control
 
-router = APIRouter(prefix="/v1/feedback")
+router = APIRouter(prefix="/v1/feedback", route_class=JsonRoute)
 
 _SHUFFLE = random.SystemRandom()
 _PROMPT_TRIES = 5
