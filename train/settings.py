@@ -6,7 +6,7 @@ models of a billion parameters: a model of half a million needs learning rates a
 (``train/tinyworld/settings.toml`` holds a measured recipe).
 """
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import SettingsConfigDict
@@ -103,6 +103,9 @@ class PpoSettings(_Stage):
     )
     ema: float = Field(0.992, ge=0, lt=1, description="decay per iteration of the averaged policy (§C.4); 0 is off")
     save_every: int = Field(10, gt=0, description="iterations between resume points; ours")
+    sampler: Literal["transformers", "vllm"] = Field(
+        "transformers", description="what draws the episodes; ours: vllm pays on a GPU, or for models beyond 100M"
+    )
 
     @model_validator(mode="after")
     def _minibatches_divide_the_batch(self) -> Self:
