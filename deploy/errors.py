@@ -17,6 +17,10 @@ class PublishRefused(DeployError):
     """The files offered for publishing cannot become a version. Nothing was published."""
 
 
+class SigningKeyUnusable(DeployError):
+    """A key that the settings name for signing versions cannot be used."""
+
+
 class TransitionRefused(DeployError):
     """The release may not change that way now. Nothing was changed."""
 

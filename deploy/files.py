@@ -18,10 +18,12 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from deploy.errors import PublishRefused, VersionCorrupt
+from deploy.signatures import Signatures
 from deploy.versions import FileDigest, Manifest, Version, VersionKind
 
 MANIFEST = "manifest.json"
 MANIFEST_DIGEST = "manifest.sha256"
+MANIFEST_SIGNATURE = "manifest.sig"
 
 _ALLOWED = re.compile(
     r"(config|generation_config|model\.safetensors\.index|tokenizer|tokenizer_config|special_tokens_map"
@@ -29,6 +31,7 @@ _ALLOWED = re.compile(
     r"|(model|model-\d{5}-of-\d{5}|head)\.safetensors"
     r"|merges\.txt|tokenizer\.model|chat_template\.jinja"
 )
+_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 _CHUNK_BYTES = 1 << 20
 
 
@@ -124,23 +127,41 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write the manifest last: whatever has one is whole. Its own digest lies beside it, for ``sha256sum -c``."""
+def write_manifest(directory: Path, manifest: Manifest, signatures: Signatures) -> None:
+    """Write the manifest last: whatever has one is whole. Its own digest lies beside it, for ``sha256sum -c``.
+
+    Raises PublishRefused where it must be signed and cannot be.
+    """
     body = manifest.model_dump_json(indent=2).encode() + b"\n"
+    if (signature := signatures.sign(body)) is not None:
+        write_durably(directory / MANIFEST_SIGNATURE, signature)
     write_durably(directory / MANIFEST_DIGEST, f"{hashlib.sha256(body).hexdigest()}  {MANIFEST}\n".encode())
     write_durably(directory / MANIFEST, body)
     sync_directory(directory)
 
 
-def read_manifest(path: Path, kind: VersionKind, number: int) -> Manifest:
-    """The manifest in a version's directory. Raises VersionCorrupt where it is not what was published."""
+def sign_manifest(directory: Path, signatures: Signatures) -> None:
+    """Sign a manifest that lies there already; an old signature is replaced. Raises PublishRefused without a key."""
+    if (signature := signatures.sign((directory / MANIFEST).read_bytes())) is None:
+        raise PublishRefused("there is no key to sign with: set deploy.signing.private_key_file")
+    replace_atomically(directory / MANIFEST_SIGNATURE, signature)
+
+
+def read_manifest(path: Path, kind: VersionKind, number: int, signatures: Signatures) -> Manifest:
+    """The manifest in a version's directory.
+
+    Raises VersionCorrupt where it is not what was published, or is not signed as it must be.
+    """
+    signed = path / MANIFEST_SIGNATURE
     try:
         body = (path / MANIFEST).read_bytes()
         recorded = (path / MANIFEST_DIGEST).read_text().split()[0]
+        signature = signed.read_bytes() if signed.exists() else None
     except (OSError, UnicodeDecodeError, IndexError) as error:
         raise VersionCorrupt(f"{path / MANIFEST}: cannot be read: {error}") from error
     if (found := hashlib.sha256(body).hexdigest()) != recorded:
         raise VersionCorrupt(f"{path / MANIFEST}: sha256 {found}, published with {recorded}")
+    signatures.check(body, signature, path / MANIFEST)
     try:
         manifest = Manifest.model_validate_json(body)
     except ValidationError as error:
@@ -150,11 +171,11 @@ def read_manifest(path: Path, kind: VersionKind, number: int) -> Manifest:
     return manifest
 
 
-def check_files(version: Version) -> None:
+def check_files(version: Version, signatures: Signatures) -> None:
     """Compare every file with its digest. Raises VersionCorrupt naming the file and what differs."""
-    read_manifest(version.path, version.kind, version.number)
+    read_manifest(version.path, version.kind, version.number, signatures)
     expected = version.manifest.files
-    present = {path.name for path in version.path.iterdir()} - {MANIFEST, MANIFEST_DIGEST}
+    present = {path.name for path in version.path.iterdir()} - {MANIFEST, MANIFEST_DIGEST, MANIFEST_SIGNATURE}
     for name in sorted(present | expected.keys()):
         path = version.path / name
         if name not in present:
@@ -166,6 +187,12 @@ def check_files(version: Version) -> None:
             raise VersionCorrupt(f"{path}: {found.bytes} bytes, published with {expected[name].bytes}")
         if found.sha256 != expected[name].sha256:
             raise VersionCorrupt(f"{path}: sha256 {found.sha256}, published with {expected[name].sha256}")
+
+
+def numbers_in(home: Path) -> list[int]:
+    """The numbers that directories in ``home`` have for names, ascending, whether or not they hold a version."""
+    names = [path.name for path in home.iterdir()] if home.is_dir() else []
+    return sorted(int(name) for name in names if _NUMBER.fullmatch(name))
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import secrets
 import shutil
 import socket
@@ -30,20 +29,21 @@ from redis.typing import EncodableT, FieldT
 
 from deploy import errors, files
 from deploy.release import Attempt, Release, ReplicaReport
+from deploy.signatures import UNSIGNED, Signatures
 from deploy.versions import Draft, FileDigest, Manifest, Version, VersionKind, code_version, package_versions
 
 _STATE, _LOG, _REPLICA = "rel:state", "rel:log", "rel:replica:"
 _LEASE, _TOKEN = "train:lease", "train:token"
 _CHANNEL = "rel:changed"
 _LOGGER = logging.getLogger(__name__)
-_NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 
 
 class Registry:
-    """Immutable version directories under the state directory."""
+    """Immutable version directories under the state directory; ``signatures`` says which of them count."""
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, signatures: Signatures = UNSIGNED) -> None:
         self._state = state
+        self._signatures = signatures
 
     def _home(self, kind: VersionKind) -> Path:
         return self._state / kind.directory
@@ -58,7 +58,7 @@ class Registry:
             check_fence: Called right before the version comes into being; what it raises (LeaseLost) stops it.
 
         Raises:
-            PublishRefused: A file may not be in a version, or the disk refused it.
+            PublishRefused: A file may not be in a version, it cannot be signed, or the disk refused it.
         """
         offered = files.files_to_publish(source)
         home = self._home(draft.kind)
@@ -83,13 +83,13 @@ class Registry:
         home = self._home(draft.kind)
         manifest = Manifest(
             **dict(draft),
-            version=max(_numbers(home), default=0) + 1,
+            version=max(files.numbers_in(home), default=0) + 1,
             created=datetime.now(UTC),
             code_version=code_version(),
             packages=package_versions(),
             files=digests,
         )
-        files.write_manifest(temporary, manifest)
+        files.write_manifest(temporary, manifest, self._signatures)
         if check_fence is not None:
             check_fence()
         path = home / str(manifest.version)
@@ -113,12 +113,12 @@ class Registry:
         if number not in self.numbers(kind):
             existing = ", ".join(str(n) for n in self.numbers(kind)) or "none"
             raise errors.VersionNotFound(f"there is no {kind} version {number} in {path.parent}; existing: {existing}")
-        return Version(files.read_manifest(path, kind, number), path)
+        return Version(files.read_manifest(path, kind, number, self._signatures), path)
 
     def numbers(self, kind: VersionKind) -> list[int]:
         """The numbers of the versions that exist, ascending."""
         home = self._home(kind)
-        return sorted(number for number in _numbers(home) if (home / str(number) / files.MANIFEST).is_file())
+        return [number for number in files.numbers_in(home) if (home / str(number) / files.MANIFEST).is_file()]
 
     def newest(self, kind: VersionKind) -> Version | None:
         """The version with the highest number; None where there is none. Raises VersionCorrupt."""
@@ -127,7 +127,7 @@ class Registry:
 
     def verify(self, version: Version) -> None:
         """Compare every file with its digest. Raises VersionCorrupt naming the file and what differs."""
-        files.check_files(version)
+        files.check_files(version, self._signatures)
 
     def sweep(self, *, dry_run: bool = False) -> list[Path]:
         """Remove what publishers that died left behind, and return it."""
@@ -146,12 +146,6 @@ class Registry:
     def list(self, kind: VersionKind) -> list[Version]:
         """Every version of a kind, oldest first. Raises VersionCorrupt."""
         return [self.get(kind, number) for number in self.numbers(kind)]
-
-
-def _numbers(home: Path) -> list[int]:
-    if not home.is_dir():
-        return []
-    return [int(path.name) for path in home.iterdir() if _NUMBER.fullmatch(path.name)]
 
 
 class ReleaseStore:

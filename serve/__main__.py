@@ -16,6 +16,8 @@ from pythonjsonlogger.json import JsonFormatter
 from deploy.errors import DeployError
 from deploy.registry import Registry, ReleaseStore
 from deploy.release import first
+from deploy.settings import DeploySettings
+from deploy.signatures import Signatures
 from deploy.versions import Draft, VersionKind
 from feedback.embedded import connect_url
 from feedback.errors import FeedbackError
@@ -63,7 +65,7 @@ def _run(settings: ServeSettings, state: Path, redis_url: str) -> None:
 
     # uvicorn drains, then raises the signal again; unhandled it would end this process before Redis is let go.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    server = create_app(settings, FeedbackSettings.load(), state, redis_url)
+    server = create_app(settings, FeedbackSettings.load(), DeploySettings.load(), state, redis_url)
     uvicorn.run(
         server,
         host=settings.host,
@@ -119,7 +121,8 @@ async def _require_keys(host: str, redis_url: str) -> None:
 
 
 async def _release_first(state: Path, redis_url: str, policy: str) -> None:
-    registry, releases = Registry(state), ReleaseStore.connect(redis_url, state)
+    registry = Registry(state, Signatures.of(DeploySettings.load().signing))
+    releases = ReleaseStore.connect(redis_url, state)
     try:
         release = await releases.read()
         if release.stable is not None:

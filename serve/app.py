@@ -14,6 +14,8 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from deploy.registry import Registry, ReleaseStore
+from deploy.settings import DeploySettings
+from deploy.signatures import Signatures
 from feedback.principals import KeyStore
 from feedback.settings import FeedbackSettings
 from feedback.store import FeedbackStore
@@ -56,9 +58,15 @@ _ROUTES = (
 )
 
 
-def create_app(settings: ServeSettings, feedback_settings: FeedbackSettings, state: Path, redis_url: str) -> FastAPI:
-    """The server over one state directory and one Redis."""
-    metrics = Metrics()
+def create_app(
+    settings: ServeSettings,
+    feedback_settings: FeedbackSettings,
+    deploy_settings: DeploySettings,
+    state: Path,
+    redis_url: str,
+) -> FastAPI:
+    """The server over one state directory and one Redis. Raises SigningKeyUnusable."""
+    metrics, registry = Metrics(), Registry(state, Signatures.of(deploy_settings.signing))
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -70,7 +78,7 @@ def create_app(settings: ServeSettings, feedback_settings: FeedbackSettings, sta
         releases = ReleaseStore.connect(redis_url, state)
         recorder = Recorder(store, settings, metrics)
         replica = f"{socket.gethostname()}:{os.getpid()}"
-        fleet = Fleet(replica, Registry(state), releases, settings, metrics, recorder.sampled)
+        fleet = Fleet(replica, registry, releases, settings, metrics, recorder.sampled)
         keys = KeyStore.connect(redis_url, feedback_settings)
         access = Access(keys, loopback=is_loopback(settings.host), memory=state / "api-keys.json")
         rates = Rates(keys, metrics)

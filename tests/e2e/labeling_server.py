@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import APIRouter, FastAPI, Request
 from starlette.responses import StreamingResponse
 
+from deploy.settings import DeploySettings
 from feedback.principals import KeyStore, Scope
 from feedback.records import BlindTask, Candidate, Choice, LogRecord, Prompt, StoredCompletion, new_id
 from feedback.settings import FeedbackSettings
@@ -157,7 +158,7 @@ def serving(redis_url: str, state: Path) -> Iterator[LabelingServer]:
         from serve.app import create_app
 
     started = threading.Event()
-    app = create_app(ServeSettings(), FeedbackSettings(), state, redis_url)
+    app = create_app(ServeSettings(), FeedbackSettings(), DeploySettings(), state, redis_url)
     server = LabelingServer(redis_url, app, asyncio.new_event_loop())
     app.router.routes[:0] = server.stub_engine().routes
     uvicorn_server = uvicorn.Server(

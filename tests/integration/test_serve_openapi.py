@@ -24,6 +24,7 @@ from schemathesis.specs.openapi.checks import (
 )
 from test_error_shape import JSON, WRONG
 
+from deploy.settings import DeploySettings
 from feedback.settings import FeedbackSettings
 from serve.settings import ServeSettings
 
@@ -89,7 +90,7 @@ def _refs(value: Any) -> Iterator[str]:
 def test_every_route_is_in_it(document: dict[str, Any], tmp_path: Path) -> None:
     from serve.app import create_app  # imports vLLM, which imports what torch deprecates
 
-    app = create_app(ServeSettings(), FeedbackSettings(), tmp_path, "unix:///nowhere")
+    app = create_app(ServeSettings(), FeedbackSettings(), DeploySettings(), tmp_path, "unix:///nowhere")
     routes = [route for route in app.routes if isinstance(route, APIRoute)]
     told = {(method.lower(), route.path) for route in routes if route.include_in_schema for method in route.methods}
     assert len(told) >= 19
