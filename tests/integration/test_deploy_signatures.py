@@ -72,7 +72,7 @@ def test_a_forged_manifest_is_refused_though_its_digest_fits(
     forged = Registry(tmp_path / "state", publisher).publish(POLICY, model)
     rewrite_manifest(forged)
     assert Registry(tmp_path / "state").get(VersionKind.POLICY, 1).manifest.comparisons == 9
-    with pytest.raises(VersionCorrupt, match="no key that .* trusts has signed this"):
+    with pytest.raises(VersionCorrupt, match=r"no key that .* trusts has signed this"):
         Registry(tmp_path / "state", server).get(VersionKind.POLICY, 1)
 
 
