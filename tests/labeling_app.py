@@ -4,6 +4,7 @@ import secrets
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
+from any_key import AnyKey
 from fastapi import FastAPI, Request
 from httpx2 import ASGITransport, AsyncClient, Response
 
@@ -79,6 +80,7 @@ class Labeling:
             "fleet": StubFleet(self.engines),
             "recorder": self.recorder,
             "metrics": metrics,
+            "access": AnyKey(),
             "rates": _Unrated(),
         }
         app = FastAPI()

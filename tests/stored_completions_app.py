@@ -3,6 +3,7 @@
 from dataclasses import fields
 from typing import Any, get_args
 
+from any_key import AnyKey
 from fastapi import FastAPI, Request
 from pydantic import JsonValue
 
@@ -56,7 +57,7 @@ def app_over(store: FeedbackStore) -> FastAPI:
 
     settings, metrics = ServeSettings(), Metrics()
     parts: dict[str, Any] = dict.fromkeys(field.name for field in fields(Services))
-    parts |= {"settings": settings, "store": store, "recorder": Recorder(store, settings, metrics)}
+    parts |= {"settings": settings, "store": store, "recorder": Recorder(store, settings, metrics), "access": AnyKey()}
     app = FastAPI()
     app.state.services = Services(**parts)
     add_error_handlers(app)

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import httpx2
 import pytest
+from any_key import AnyKey
 from fastapi import FastAPI, Request
 from redis.asyncio import Redis
 from starlette.middleware import Middleware
@@ -62,6 +63,7 @@ def app(store: FeedbackStore, tmp_path: Path) -> FastAPI:
     settings, metrics = ServeSettings(), Metrics()
     parts: dict[str, Any] = dict.fromkeys(field.name for field in fields(Services))
     parts |= {"settings": settings, "store": store, "recorder": Recorder(store, settings, metrics), "metrics": metrics}
+    parts["access"] = AnyKey()
     app = FastAPI(middleware=[Middleware(RequestObserver, metrics=metrics)])
     app.state.services = Services(**parts)
     app.state.archive = tmp_path / "archive"
