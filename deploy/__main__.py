@@ -90,7 +90,7 @@ def canary(
     transition = operations.start_canary(context.obj.registry, number, fraction, override)
 
     async def act(stores: Stores) -> Release:
-        return await _change(stores, transition, "canary", _why(reason, override), expect, dry_run)
+        return await _change(stores, transition, "canary", operations.why(reason, override), expect, dry_run)
 
     _print_release(with_stores(context.obj, act), dry_run, as_json)
 
@@ -111,7 +111,7 @@ def promote(
         verdict = await operations.current_verdict(stores.feedback, release, context.obj.settings.verdict)
         transition = operations.promote_canary(verdict, override)
         judged = release.generation if expect is None else expect  # the verdict holds for this release only
-        why = _why(reason or (verdict.sentence() if release.canary else ""), override)
+        why = operations.why(reason or (verdict.sentence() if release.canary else ""), override)
         return await _change(stores, transition, "promote", why, judged, dry_run)
 
     _print_release(with_stores(context.obj, act), dry_run, as_json)
@@ -176,10 +176,6 @@ def _print_release(release: Release, dry_run: bool, as_json: bool) -> None:
     if as_json:
         return print_json(release.model_dump() | {"dry_run": dry_run})
     typer.echo(f"would be {_sentence(release)}" if dry_run else _sentence(release))
-
-
-def _why(reason: str, override: str | None) -> str:
-    return "; ".join(part for part in (reason, override and f"override: {override}") if part)
 
 
 if __name__ == "__main__":

@@ -5,18 +5,16 @@ the log has every attempt. ``override`` is the operator's reason to go ahead wit
 verdict's consent; nothing overrides a wrong digest.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from deploy import release as transitions
 from deploy.errors import TransitionRefused, VersionCorrupt, VersionNotFound
+from deploy.evidence import CanaryEvidence, verdict_on
 from deploy.registry import Registry
-from deploy.release import Release
+from deploy.release import Attempt, Release
 from deploy.settings import VerdictSettings
-from deploy.verdict import Verdict, judge
+from deploy.verdict import Verdict
 from deploy.versions import Version, VersionKind
-from feedback.controls import in_force
-from feedback.preference import preferences
-from feedback.records import Comparison
 from feedback.store import FeedbackStore
 
 Transition = Callable[[Release], Release]
@@ -46,28 +44,38 @@ def gate_refusals(version: Version) -> list[str]:
 
 
 def promote_canary(verdict: Verdict, override: str | None = None) -> Transition:
-    """Make the canary stable, where the verdict is that it is better or not worse."""
+    """Make the canary stable, where the verdict is that it is better, or not worse where that suffices."""
 
     def transition(release: Release) -> Release:
         changed = transitions.promote(release)
-        if verdict.decision in ("worse", "undecided") and override is None:
+        if not verdict.for_promotion and override is None:
             raise TransitionRefused(f"version {release.canary}: {verdict.sentence()}")
         return changed
 
     return transition
 
 
-async def current_verdict(feedback: FeedbackStore, release: Release, settings: VerdictSettings) -> Verdict:
+async def current_verdict(
+    feedback: FeedbackStore, release: Release, settings: VerdictSettings, history: Sequence[Attempt] = ()
+) -> Verdict:
     """The verdict on the release's canary, from the blind comparisons since it began.
 
     A labeler who judged the same candidates twice counts once, by the later judgement. Without a canary
     the verdict is undecided.
 
+    Args:
+        feedback: the log.
+        release: the one in force.
+        settings: when to decide.
+        history: the audit log, newest first; without it, not being worse always suffices for a promotion.
+
     Raises:
         StoreUnavailable: The feedback log cannot be read.
     """
-    if release.canary is None or release.stable is None:
-        return Verdict()
-    began = f"{int(release.changed_at * 1000)}-0"
-    given = [entry.record async for entry in feedback.scan(after=began) if isinstance(entry.record, Comparison)]
-    return judge(preferences(in_force(given).ordinary, release.canary, release.stable), settings)
+    given = await CanaryEvidence(feedback).read(release)
+    return await verdict_on(given, release, settings, history)
+
+
+def why(reason: str, override: str | None) -> str:
+    """The reason that the log keeps: the operator's, and that for going ahead without consent."""
+    return "; ".join(part for part in (reason, override and f"override: {override}") if part)

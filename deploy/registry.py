@@ -231,7 +231,7 @@ class ReleaseStore:
             await self._log(attempt | {"outcome": f"refused: generation is {release.generation}, not {expect}"})
             raise errors.StaleGeneration(f"the release is at generation {release.generation}, not {expect}")
         try:
-            changed = transition(release)
+            changed = await asyncio.to_thread(transition, release)  # it may read every byte of a version
         except errors.TransitionRefused as error:
             await self._log(attempt | {"outcome": f"refused: {error}"})
             raise

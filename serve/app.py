@@ -13,6 +13,7 @@ from pathlib import Path
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 
+from deploy.guard import Guard
 from deploy.registry import Registry, ReleaseStore
 from deploy.settings import DeploySettings
 from deploy.signatures import Signatures
@@ -27,6 +28,7 @@ from serve import (
     health,
     page_routes,
     ratings,
+    release_routes,
     stored_completions,
     summary,
     tasks,
@@ -34,10 +36,11 @@ from serve import (
 from serve.auth import Access, Rates, is_loopback
 from serve.error_response import add_error_handlers
 from serve.fleet import Fleet
+from serve.guard import ArmCounter, guard_canary
 from serve.metrics import Metrics
 from serve.middleware import BodyLimit, FeedbackQueue, RequestObserver
 from serve.openapi import describe
-from serve.recording import Recorder
+from serve.recording import Recorder, Sampled
 from serve.services import Services
 from serve.settings import ServeSettings
 from serve.supervision import supervise
@@ -53,6 +56,7 @@ _ROUTES = (
     tasks,
     summary,
     erasure,
+    release_routes,
     health,
     page_routes,
 )
@@ -78,17 +82,41 @@ def create_app(
         releases = ReleaseStore.connect(redis_url, state)
         recorder = Recorder(store, settings, metrics)
         replica = f"{socket.gethostname()}:{os.getpid()}"
-        fleet = Fleet(replica, registry, releases, settings, metrics, recorder.sampled)
+        arms = ArmCounter()
+
+        def sampled(part: Sampled) -> None:
+            arms.sampled(part)
+            recorder.sampled(part)
+
+        fleet = Fleet(replica, registry, releases, settings, metrics, sampled, arms)
+        guard = Guard(replica, releases, store, deploy_settings)
         keys = KeyStore.connect(redis_url, feedback_settings)
         access = Access(keys, loopback=is_loopback(settings.host), memory=state / "api-keys.json")
         rates = Rates(keys, metrics)
         await access.refresh()
         app.state.archive = state / "archive"
         app.state.services = Services(
-            settings, feedback_settings, store, fleet, recorder, metrics, access=access, rates=rates
+            settings=settings,
+            feedback_settings=feedback_settings,
+            deploy_settings=deploy_settings,
+            store=store,
+            registry=registry,
+            releases=releases,
+            fleet=fleet,
+            recorder=recorder,
+            metrics=metrics,
+            access=access,
+            rates=rates,
         )
         metrics.include_engines(lambda: [engine.metrics for engine in fleet.live.values()])
-        works = (fleet.watch(), fleet.report(), supervise(fleet, settings), recorder.run(), access.watch())
+        works = (
+            fleet.watch(),
+            fleet.report(),
+            supervise(fleet, settings),
+            guard_canary(guard, deploy_settings.guard_seconds, metrics),
+            recorder.run(),
+            access.watch(),
+        )
         background = [asyncio.create_task(work) for work in works]
         for task in background:
             task.add_done_callback(_end_server_if_failed)

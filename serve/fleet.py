@@ -20,6 +20,7 @@ from deploy.release import Release, ReplicaReport
 from deploy.versions import Version, VersionKind
 from serve.engine import Engine
 from serve.errors import EngineFailed, EngineRefused, ModelNotFound, NotServing
+from serve.guard import ArmCounter
 from serve.metrics import Metrics
 from serve.recording import Sampled
 from serve.settings import ServeSettings
@@ -54,6 +55,7 @@ class Fleet:
         settings: ServeSettings,
         metrics: Metrics,
         on_sampled: Callable[[Sampled], None],
+        arms: ArmCounter,
     ) -> None:
         self.live: dict[int, Engine] = {}
         self.serving = Release()
@@ -66,6 +68,7 @@ class Fleet:
         self._settings = settings
         self._metrics = metrics
         self._on_sampled = on_sampled
+        self._arms = arms
         self._loading: dict[int, float] = {}
         """Versions whose engines are being started or whose weights are being exchanged, since when (monotonic)."""
         self._failed: dict[int, tuple[float, str]] = {}
@@ -113,12 +116,15 @@ class Fleet:
                 await asyncio.sleep(self._settings.release_poll_seconds)
 
     async def report(self) -> None:
-        """Tell the operator what this server has live, until cancelled."""
+        """Tell the operator and the guard what this server has live and how it runs, until cancelled."""
         while True:
             told = ReplicaReport(
                 replica=self._replica,
                 generation=self.serving.generation,
                 live=tuple(sorted(self.live)),
+                loading=tuple(sorted(number for number in self._loading if number not in self._failed)),
+                failed={number: why for number, (_, why) in self._failed.items()},
+                arms=self._arms.figures(),
                 detail=self.problem or "",
             )
             with contextlib.suppress(ReleaseUnavailable):  # the watch logs it
@@ -142,19 +148,23 @@ class Fleet:
                 await self._open.wait()
             finally:
                 self._waiting -= 1
-        engine = self._pick(asker, request_id)
-        with hold(engine):
-            yield engine
+        version, pinned = self._pick(asker, request_id)
+        unwatched = contextlib.nullcontext()
+        with unwatched if pinned else self._arms.counted(version, asker.principal, asker.user, request_id):
+            engine = self._running(version)
+            with hold(engine):
+                yield engine
 
-    def _pick(self, asker: Asker, request_id: str) -> Engine:
+    def _pick(self, asker: Asker, request_id: str) -> tuple[int, bool]:
+        """The version for a request, and whether the request named it."""
         if self.serving.stable is None:
             raise NotServing(self.problem or "no policy version is being served yet")
         name = self._settings.model_name
         if asker.model is None or asker.model == name:
-            return self._running(pick_version(self.serving, asker.principal, asker.user, request_id))
+            return pick_version(self.serving, asker.principal, asker.user, request_id), False
         number = asker.model.removeprefix(f"{name}-v")
         if asker.model != number and number.isdecimal() and int(number) in self.live:
-            return self._running(int(number))
+            return int(number), True
         live = ", ".join([name, *(self.model_id(version) for version in sorted(self.live))])
         raise ModelNotFound(f"that model is not live; live are: {live}")
 
@@ -226,6 +236,7 @@ class Fleet:
         self.serving = self.wanted
         if self._settings.max_engines == 1:
             self.serving = self.wanted.model_copy(update={"canary": None, "canary_fraction": 0.0})
+        self._arms.begin(self.serving.generation)
         self._metrics.release_generation.set(self.serving.generation)
         log.info("release converged", extra={"generation": self.serving.generation, "live": sorted(self.live)})
 

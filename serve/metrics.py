@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 from prometheus_client.registry import Collector
 
+from deploy.guard import Look
+
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 
@@ -90,12 +92,38 @@ class Metrics:
             ["reason"],
             registry=self.registry,
         )
+        self.canary_comparisons = Gauge(
+            "instructloop_canary_comparisons",
+            "Blind comparisons without a tie of the canary with the stable version; 0 without a canary",
+            registry=self.registry,
+        )
+        self.canary_wealth = Gauge(
+            "instructloop_canary_wealth",
+            "Evidence for each claim about the canary: better, not worse, worse; 20 decides (1/alpha)",
+            ["claim"],
+            registry=self.registry,
+        )
+        self.guard_actions = Counter(
+            "instructloop_guard_actions",
+            "Canaries this server promoted or rolled back without an operator",
+            ["verb"],
+            registry=self.registry,
+        )
         self._engines = _EngineMetrics()
         self.registry.register(self._engines)
 
     def include_engines(self, registries: Callable[[], Iterable[CollectorRegistry]]) -> None:
         """Show vLLM's own metrics of the live engines on the same page."""
         self._engines.registries = registries
+
+    def guarded(self, look: Look) -> None:
+        """Show what a look at the canary found."""
+        self.canary_comparisons.set(look.verdict.comparisons)
+        self.canary_wealth.labels("better").set(look.verdict.wealth_better)
+        self.canary_wealth.labels("not_worse").set(look.verdict.wealth_not_worse)
+        self.canary_wealth.labels("worse").set(look.verdict.wealth_worse)
+        if look.done is not None:
+            self.guard_actions.labels(look.done.verb).inc()
 
     def page(self) -> bytes:
         """The metrics in Prometheus' text format."""

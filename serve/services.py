@@ -5,6 +5,8 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from deploy.registry import Registry, ReleaseStore
+from deploy.settings import DeploySettings
 from feedback.settings import FeedbackSettings
 from feedback.store import FeedbackStore
 from serve.auth import Access, Rates
@@ -14,13 +16,16 @@ from serve.recording import Recorder
 from serve.settings import ServeSettings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Services:
     """The parts of a running server."""
 
     settings: ServeSettings
     feedback_settings: FeedbackSettings
+    deploy_settings: DeploySettings
     store: FeedbackStore
+    registry: Registry
+    releases: ReleaseStore
     fleet: Fleet
     recorder: Recorder
     metrics: Metrics
