@@ -7,7 +7,7 @@ BIN := .venv/bin
 # One process a core: two libraries that each start a thread per core starve each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup up demo test browser bench-serve bench-feedback lint format lock clean
+.PHONY: help setup up demo test browser operations bench-serve bench-feedback lint format lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -24,11 +24,14 @@ SEED ?= 0
 demo: setup ## one whole improvement cycle with simulated labelers; SEED=n for another world
 	$(BIN)/python -m train.tinyworld.demo --seed $(SEED)
 
-test: lint browser ## all that CI runs
+test: lint browser operations ## all that CI runs
 	$(BIN)/python -m pytest
 
 browser: setup
 	deploy/requirements/browser.sh
+
+operations: setup
+	deploy/requirements/operations.sh
 
 bench-serve: setup ## our server against vLLM's own, about 11 minutes of an idle machine; ARGS="--quick --json FILE"
 	PYTHONPATH=.:tests $(BIN)/python tests/bench/bench_serve.py $(ARGS)

