@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from deploy.arms import ArmFigures
 from deploy.errors import TransitionRefused
 
 MAX_CANARY_FRACTION = 0.5
@@ -90,6 +91,7 @@ class Attempt(BaseModel):
     reason: str
     outcome: str
     generation: int | None = None
+    stable: int | None = Field(None, description="of an accepted change: the version stable from then on")
     version: int | None = None
     kind: str | None = None
 
@@ -111,10 +113,14 @@ class Attempt(BaseModel):
 
 
 class ReplicaReport(BaseModel):
-    """What one server has live; it expires unless it is repeated."""
+    """What one server has live and how that runs; it expires unless it is repeated."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     replica: str
-    generation: int
+    generation: int = Field(description="of the release being served")
+    wanted: int = Field(0, description="newest generation seen; above the other where versions are being loaded")
     live: tuple[int, ...]
+    loading: tuple[int, ...] = Field((), description="versions not live yet that have not failed either")
+    failed: dict[int, str] = Field({}, description="versions that could not be loaded for it, and why")
+    arms: dict[int, ArmFigures] = Field({}, description="by version, since that generation")
     detail: str = ""

@@ -59,6 +59,9 @@ class Draft(_Frozen):
     feedback_cursor: str = Field("0-0", description="last stream id of fb:log that training saw")
     comparisons: int = Field(0, ge=0, description="comparisons trained on")
     demonstrations: int = Field(0, ge=0, description="demonstrations trained on")
+    dataset_sha256: str | None = Field(
+        None, description="digest over the rows of the dataset it was trained on, frozen in its run (train.frozen)"
+    )
     run: str | None = Field(None, description="the run that made it; a run publishes each kind at most once")
     settings: dict[str, JsonValue] = Field(default_factory=dict)
     seeds: dict[str, int] = Field(default_factory=dict)

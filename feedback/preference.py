@@ -98,7 +98,15 @@ def preferences(comparisons: Iterable[Comparison], a: int, b: int) -> list[float
         One number in [-1, 1] per comparison, in order: the mean over its (a, b) pairs of +1 where a's candidate
         is ranked above b's, -1 where below, 0 where tied. With K = 2 that is +1, -1 or 0.
     """
-    return [outcome for _, outcome in _outcomes(comparisons, a, b)]
+    return [outcome for _, outcome in outcomes(comparisons, a, b)]
+
+
+def outcomes(comparisons: Iterable[Comparison], a: int, b: int) -> Iterator[tuple[Comparison, float]]:
+    """The blind comparisons that have candidates of both versions, each with its outcome, as in ``preferences``."""
+    for comparison in comparisons:
+        ranks = _ranks(comparison)
+        if a in ranks and b in ranks:
+            yield comparison, _outcome(ranks[a], ranks[b])
 
 
 def compare(comparisons: Iterable[Comparison], a: int, b: int, *, resamples: int = 2000, seed: int = 0) -> Preference:
@@ -113,14 +121,14 @@ def compare(comparisons: Iterable[Comparison], a: int, b: int, *, resamples: int
     """
     sums: defaultdict[str, float] = defaultdict(float)
     counts: Counter[str] = Counter()
-    outcomes = []
-    for comparison, outcome in _outcomes(comparisons, a, b):
-        outcomes.append(outcome)
+    seen = []
+    for comparison, outcome in outcomes(comparisons, a, b):
+        seen.append(outcome)
         prompt = comparison.prompt.key()
         sums[prompt] += (1 + outcome) / 2
         counts[prompt] += 1
-    signs = Counter((outcome > 0) - (outcome < 0) for outcome in outcomes)
-    rate = Estimate.share(math.fsum(sums.values()), len(outcomes))
+    signs = Counter((outcome > 0) - (outcome < 0) for outcome in seen)
+    rate = Estimate.share(math.fsum(sums.values()), len(seen))
     by_prompt = None
     if rate:
         low, high = _bootstrap(list(sums.values()), list(counts.values()), resamples, seed)
@@ -177,14 +185,6 @@ def wilson(wins: float, n: float, z: float = 1.96) -> tuple[float, float]:
     middle = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
     return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def _outcomes(comparisons: Iterable[Comparison], a: int, b: int) -> Iterator[tuple[Comparison, float]]:
-    """The blind comparisons with candidates of both versions, each with its outcome for ``a``."""
-    for comparison in comparisons:
-        ranks = _ranks(comparison)
-        if a in ranks and b in ranks:
-            yield comparison, _outcome(ranks[a], ranks[b])
 
 
 def _ranks(comparison: Comparison) -> dict[int, list[int]]:

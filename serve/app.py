@@ -5,6 +5,7 @@ import contextlib
 import gc
 import logging
 import os
+import shutil
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterable
@@ -29,6 +30,7 @@ from serve import (
     page_routes,
     ratings,
     release_routes,
+    release_views,
     stored_completions,
     summary,
     tasks,
@@ -57,6 +59,7 @@ _ROUTES = (
     summary,
     erasure,
     release_routes,
+    release_views,
     health,
     page_routes,
 )
@@ -108,6 +111,7 @@ def create_app(
             access=access,
             rates=rates,
         )
+        metrics.state_free_bytes.set_function(lambda: shutil.disk_usage(state).free)
         metrics.include_engines(lambda: [engine.metrics for engine in fleet.live.values()])
         works = (
             fleet.watch(),

@@ -103,7 +103,7 @@ class Fleet:
         """Follow the release until cancelled. With Redis gone, the last release known goes on being served."""
         while True:
             try:
-                self.wanted = await self._releases.read()
+                self._want(await self._releases.read())
             except ReleaseUnavailable as error:
                 log.warning("the release cannot be read; the last one known is served", extra={"why": str(error)})
                 if self.wanted.generation == 0:  # just started: what the state directory remembers
@@ -121,6 +121,7 @@ class Fleet:
             told = ReplicaReport(
                 replica=self._replica,
                 generation=self.serving.generation,
+                wanted=self.wanted.generation,
                 live=tuple(sorted(self.live)),
                 loading=tuple(sorted(number for number in self._loading if number not in self._failed)),
                 failed={number: why for number, (_, why) in self._failed.items()},
@@ -202,6 +203,11 @@ class Fleet:
         self._reconcile()
         while self._tasks:
             await asyncio.wait(self._tasks)
+
+    def _want(self, release: Release) -> None:
+        if release.generation != self.wanted.generation:
+            self._failed.clear()  # whoever asks for a version again means it to be tried again
+        self.wanted = release
 
     def _needed(self, release: Release) -> tuple[int, ...]:
         """The versions that must be live for a release to be served here."""

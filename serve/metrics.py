@@ -83,6 +83,14 @@ class Metrics:
         self.release_generation = Gauge(
             "instructloop_release_generation", "Generation of the release being served", registry=self.registry
         )
+        self.redis_durable = Gauge(
+            "instructloop_redis_durable",
+            "1 where Redis took a write with the durable settings when /ready last asked",
+            registry=self.registry,
+        )
+        self.state_free_bytes = Gauge(
+            "instructloop_state_free_bytes", "Free bytes where the state directory is", registry=self.registry
+        )
         self.engine_starts = Counter(
             "instructloop_engine_starts", "Engines started, by outcome", ["outcome"], registry=self.registry
         )

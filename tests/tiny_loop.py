@@ -14,9 +14,10 @@ from deploy.settings import DeploySettings, GateSettings
 from deploy.versions import Draft, VersionKind
 from feedback.records import Candidate, Comparison, Prompt, new_id
 from feedback.settings import FeedbackSettings
-from train.round import RunDirectory
+from train.runs import RunDirectory
 from train.settings import TrainSettings
-from train.worker import Stores, Worker
+from train.stores import Stores
+from train.worker import Worker
 
 LIKED, DISLIKED = 5, 6
 TOLERANT = GateSettings(
@@ -62,7 +63,9 @@ class Loop:
     def worker(self, settings: TrainSettings = SETTINGS, gate: GateSettings = TOLERANT) -> Worker:
         return Worker(self.state, self.stores, settings, DeploySettings(gate=gate))
 
-    async def compare(self, count: int, prompts: int = 10_000, *, contrary: bool = False) -> None:
+    async def compare(
+        self, count: int, prompts: int = 10_000, *, contrary: bool = False, principal: str = "alice"
+    ) -> None:
         """Comparisons of up to ``prompts`` prompts by a labeler who likes one word and dislikes another.
 
         With ``contrary``, a second labeler says the opposite of each, so that no model can agree with more than half.
@@ -76,7 +79,7 @@ class Loop:
             record = Comparison(
                 id=new_id("cmp_"),
                 created=1.0,
-                principal="alice",
+                principal=principal,
                 labeler="L-1",
                 prompt=Prompt(text=" ".join(f"w{i}" for i in asked), token_ids=asked, tokenizer=tokenizer),
                 source="outside",

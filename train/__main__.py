@@ -1,4 +1,4 @@
-"""Train by hand or let the worker do it: ``python -m train pretrain|sft|reward-model|ppo|evaluate|worker|study``.
+"""Train by hand or let the worker do it.
 
 Exit 0: done. Exit 1: refused, with the reason. Exit 2: wrong usage.
 """
@@ -19,32 +19,40 @@ import torch
 import transformers
 import typer
 from rich.console import Console
-from rich.progress import Progress as Bars
 
 from deploy import release as transitions
 from deploy.errors import DeployError
 from deploy.registry import Registry, ReleaseStore
 from deploy.settings import DeploySettings
 from deploy.versions import Draft, Version, VersionKind
+from feedback.controls import in_force
 from feedback.embedded import connect_url
 from feedback.errors import FeedbackError
+from feedback.records import Comparison, PooledPrompt
 from feedback.settings import FeedbackSettings, LoopSettings, SettingsError
-from feedback.store import FeedbackStore
+from feedback.store import FeedbackStore, LogEntry
 from train import evaluate as evaluation
 from train import ppo as ppo_stage
+from train import report as version_report
 from train import reward_model as reward_model_stage
 from train import sft as sft_stage
-from train.datasets import Dataset
+from train.datasets import Dataset, build
+from train.encoding import encoder_of
 from train.errors import TrainError
+from train.log_watch import log_until
 from train.models import load_tokenizer
-from train.progress import Progress, silent
+from train.progress import Progress, drawn
+from train.reproduce import Rebuilt, rebuild
 from train.settings import TrainSettings
+from train.stores import Stores
 from train.text import held_out_text, training_text
 from train.tinyworld import study as tiny_study
 from train.tinyworld.base_model import base_model
 from train.tinyworld.evaluation import held_out_tasks
 from train.tinyworld.tokenizer import encode_prompt
-from train.worker import POOL_PROMPTS, Stores, Worker, dataset_for, log_until
+from train.worker import POOL_PROMPTS, Worker
+from train.worker_metrics import served
+from train.world import world_of
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 Seed = Annotated[int, typer.Option(help="Of everything drawn.")]
@@ -135,8 +143,8 @@ def reward_model(context: typer.Context, out: Out, policy: int = 1, seed: Seed =
             version.path,
             [one.ranked for one in dataset.training],
             out,
-            demonstrations=dataset.demonstrations,
-            held_out=dataset.held_out,
+            demonstrations=dataset.demonstrated,
+            held_out=dataset.held_out_ranked,
             seed=seed,
             progress=progress,
         )
@@ -156,16 +164,18 @@ def ppo(
     loop: _Loop = context.obj
     with _refusing(), _shown() as progress:
         settings, version = loop.settings(), loop.registry.get(VersionKind.POLICY, policy)
+        dataset = _dataset(loop, version, settings)
         metrics = ppo_stage.run(
             settings.ppo,
             version.path,
             loop.registry.get(VersionKind.POLICY, reference).path,
             loop.registry.get(VersionKind.REWARD_MODEL, reward_model).path,
-            _dataset(loop, version, settings).prompts,
+            dataset.prompt_ids,
             out,
             pretraining=training_text(settings, load_tokenizer(version.path), seed),
             resume_dir=out.with_name(f"{out.name}-resume"),
             seed=seed,
+            tasks=dataset.prompt_tasks,
             progress=progress,
         )
     _print(metrics)
@@ -181,19 +191,63 @@ def evaluate(
 ) -> None:
     """Measure a policy version on the log's held-out prompts, as the gate does, and print the numbers as JSON."""
     loop: _Loop = context.obj
-    with _refusing():
+    with _refusing(), _shown() as progress:
         settings, version = loop.settings(), loop.registry.get(VersionKind.POLICY, policy)
         scorer = None if reward_model is None else loop.registry.get(VersionKind.REWARD_MODEL, reward_model).path
+        tokenizer = load_tokenizer(version.path)
         metrics = evaluation.run(
             settings.evaluate,
             version.path,
-            _dataset(loop, version, settings).held_out_prompts,
+            _dataset(loop, version, settings).held_out_prompt_ids,
             reference_dir=loop.registry.get(VersionKind.POLICY, reference).path,
             reward_model_dir=scorer,
-            pretraining=held_out_text(settings, load_tokenizer(version.path)),
+            pretraining=held_out_text(settings, tokenizer),
             seed=seed,
+            world=world_of(settings, tokenizer),
+            progress=progress,
         )
     _print(metrics)
+
+
+@app.command()
+def reproduce(
+    context: typer.Context,
+    number: int,
+    reward_model: Annotated[bool, typer.Option("--reward-model", help="A reward model instead of a policy.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a version again from its manifest and its frozen dataset; exit 1 where its weights differ by one bit."""
+    loop: _Loop = context.obj
+    kind = VersionKind.REWARD_MODEL if reward_model else VersionKind.POLICY
+    with _refusing(), _shown() as progress:
+        version = loop.registry.get(kind, number)
+        rebuilt = rebuild(loop.registry, version, loop.loop.state / "runs", partial(_logged, loop), progress)
+    if as_json:
+        typer.echo(json.dumps(rebuilt.report(), indent=2))
+    else:
+        _say(version, rebuilt)
+    if not rebuilt.equal:
+        raise typer.Exit(1)
+
+
+def _say(version: Version, rebuilt: Rebuilt) -> None:
+    for warning in rebuilt.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    for file in rebuilt.files:
+        equal = "equal" if file.equal else f"differs: published {file.published}, now {file.rebuilt}"
+        typer.echo(f"{file.name}: {equal}")
+    typer.echo(f"{version} is {'reproduced, bit for bit' if rebuilt.equal else 'NOT reproduced'}")
+
+
+@app.command()
+def report(context: typer.Context, number: int) -> None:
+    """Write the report of a policy version, with the labelers' win rate of the log as it is now; print its path."""
+    loop: _Loop = context.obj
+    with _refusing():
+        entries, _ = _read_log(loop)
+        comparisons = in_force(entry.record for entry in entries if isinstance(entry.record, Comparison)).ordinary
+        page = version_report.write(loop.registry, number, loop.loop.state / "runs", comparisons=comparisons)
+    typer.echo(str(page))
 
 
 @app.command()
@@ -211,7 +265,8 @@ async def _work(loop: _Loop, url: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, found.stop.set)
     try:
-        await found.run()
+        with served(found.metrics, settings.worker.metrics_host, settings.worker.metrics_port):
+            await found.run()
     finally:
         await stores.close()
 
@@ -255,12 +310,23 @@ def _publish(loop: _Loop, draft: Draft, source: Path) -> Version:
 
 def _dataset(loop: _Loop, policy: Version, settings: TrainSettings) -> Dataset:
     """The dataset of the whole log as it is now."""
+    return build(*_read_log(loop), encoder_of(policy, settings), settings.worker)
 
-    async def read(url: str) -> Dataset:
+
+def _logged(loop: _Loop, version: Version, settings: TrainSettings) -> Dataset:
+    """The dataset a version was trained on, as the log gives it now."""
+    parent = loop.registry.get(VersionKind.POLICY, version.manifest.reference_policy or 0)
+    return build(*_read_log(loop, version.manifest.feedback_cursor), encoder_of(parent, settings), settings.worker)
+
+
+def _read_log(loop: _Loop, cursor: str | None = None) -> tuple[list[LogEntry], list[PooledPrompt]]:
+    """The log up to ``cursor``, or all of it, and the stored prompts there are now."""
+
+    async def read(url: str) -> tuple[list[LogEntry], list[PooledPrompt]]:
         store = FeedbackStore.connect(url, FeedbackSettings.load())
         try:
-            entries = await log_until(store, await store.head())
-            return dataset_for(policy, entries, await store.pool_prompts(POOL_PROMPTS), settings)
+            entries = await log_until(store, cursor or await store.head())
+            return entries, await store.pool_prompts(POOL_PROMPTS)
         finally:
             await store.close()
 
@@ -270,21 +336,8 @@ def _dataset(loop: _Loop, policy: Version, settings: TrainSettings) -> Dataset:
 
 @contextmanager
 def _shown() -> Iterator[Progress]:
-    """A progress that draws a bar per stage, or nothing where nobody looks."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield silent
-        return
-    with Bars(console=console) as bars:
-        rows = {}
-
-        def draw(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
-            if stage not in rows:
-                rows[stage] = bars.add_task(stage)
-            said = " ".join(f"{name} {numbers[name]:.3g}" for name in ("loss", "score", "gold") if name in numbers)
-            bars.update(rows[stage], completed=done, total=total, description=f"{stage} {said}".strip())
-
-        yield draw
+    with drawn(Console(stderr=True)) as progress:
+        yield progress
 
 
 @contextmanager

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from train.errors import DatasetUnusable
 
-Demonstrated = tuple[tuple[int, ...], tuple[int, ...]]
+Answered = tuple[tuple[int, ...], tuple[int, ...]]
+"""Token ids of a prompt and of one completion of it."""
+Demonstrated = Answered
 """Token ids of a prompt and of the completion a labeler wrote for it, EOS included."""
 
 

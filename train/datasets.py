@@ -2,8 +2,8 @@
 
 A comparison counts where no later one by the same labeler replaces it, as much as its labeler is trusted; where
 principals share a log, none may dominate it; and what is measured on is never trained on, nor is what measures
-labelers (``feedback.controls``). All of it is a function of the log up to a
-cursor and the settings: the same cursor gives the same dataset.
+labelers (``feedback.controls``). Prompts with personal data in them are not trained on. All of it is a function
+of the log up to a cursor, the stored prompts and the settings; ``train.frozen`` keeps it as it was.
 """
 
 import hashlib
@@ -12,30 +12,66 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from typing import TypeVar
 
 from feedback.controls import InForce, in_force
 from feedback.labelers import PRIOR_WEIGHT, assess, golden_answers, weights
-from feedback.records import Candidate, Comparison, Demonstration, PooledPrompt, Prompt
+from feedback.records import Comparison, Demonstration, PooledPrompt
+from feedback.removal import position
 from feedback.store import LogEntry
 from train.batches import Demonstrated, RankedPrompt
+from train.distinct import distinct
+from train.encoding import Encoder, Unencodable
 from train.errors import DatasetUnusable
+from train.personal_data import holds_personal_data
 from train.settings import WorkerSettings
+
+MAX_TASKS = 20
+"""Tasks whose numbers are reported apart; who gives feedback may name any."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A comparison in token ids, with its place in the log."""
+    """A comparison in token ids, with its place in the log.
+
+    Attributes:
+        stream_id: where it stands in the log.
+        principals: who gave it; and who asked its prompt, where that was another.
+        ranked: what it says.
+        task: the task its prompt belongs to, by the ``task`` in its metadata; "" where nobody said.
+    """
 
     stream_id: str
-    principal: str
+    principals: tuple[str, ...]
     ranked: RankedPrompt
+    task: str = ""
+
+    @property
+    def principal(self) -> str:
+        """Who gave it."""
+        return self.principals[0]
 
     def weighted(self, weight: float) -> "Judged":
         """The same, by a labeler who is trusted so far."""
         return replace(self, ranked=replace(self.ranked, weight=weight))
+
+
+@dataclass(frozen=True)
+class Written:
+    """A demonstration in token ids, with the principals who gave it and asked its prompt."""
+
+    principals: tuple[str, ...]
+    prompt_ids: tuple[int, ...]
+    completion: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt to complete, in token ids, with the principals it came from (see ``Judged`` for its task)."""
+
+    principals: tuple[str, ...]
+    prompt_ids: tuple[int, ...]
+    task: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,6 +81,8 @@ class Dataset:
     Attributes:
         training: comparisons to learn from, in log order.
         held_out: comparisons of other principals (or, with few principals, other prompts) to measure on.
+        anchors: operators' own comparisons with a known answer (``feedback.controls``); every reward model is measured
+            on them, none learns from them.
         demonstrations: labelers' completions; they set the reward model's zero.
         prompts: prompts PPO samples completions for, distinct unless the settings keep repeated ones.
         held_out_prompts: distinct prompts a version is measured on; none is in ``prompts``.
@@ -52,92 +90,44 @@ class Dataset:
     """
 
     training: tuple[Judged, ...]
-    held_out: tuple[RankedPrompt, ...]
-    demonstrations: tuple[Demonstrated, ...]
-    prompts: tuple[tuple[int, ...], ...]
-    held_out_prompts: tuple[tuple[int, ...], ...]
+    held_out: tuple[Judged, ...]
+    anchors: tuple[Judged, ...]
+    demonstrations: tuple[Written, ...]
+    prompts: tuple[Asked, ...]
+    held_out_prompts: tuple[Asked, ...]
     counts: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def held_out_ranked(self) -> list[RankedPrompt]:
+        """The comparisons to measure on, without where they came from."""
+        return [one.ranked for one in self.held_out]
 
-class Unencodable(Exception):
-    """A record whose text cannot be turned into this tokenizer's ids; it is left out and counted."""
+    @property
+    def anchors_ranked(self) -> list[RankedPrompt]:
+        """The comparisons whose answer is known, without where they came from."""
+        return [one.ranked for one in self.anchors]
 
+    @property
+    def demonstrated(self) -> list[Demonstrated]:
+        """The demonstrations as the stages take them."""
+        return [(one.prompt_ids, one.completion) for one in self.demonstrations]
 
-class Encoder:
-    """Turns records into token ids of one tokenizer.
+    @property
+    def prompt_ids(self) -> list[tuple[int, ...]]:
+        """The prompts PPO samples completions for."""
+        return [one.prompt_ids for one in self.prompts]
 
-    Ids that the serving tokenizer recorded are taken as they are: they are what the policy sampled. Text is
-    tokenized where there are none, or where another tokenizer made them.
-    """
+    @property
+    def prompt_tasks(self) -> list[str] | None:
+        """The task of each prompt: one of the ``MAX_TASKS`` most frequent, or "other"; None where nobody named any."""
+        named = Counter(one.task for one in self.prompts if one.task)
+        frequent = {task for task, _ in named.most_common(MAX_TASKS)}
+        return [one.task if one.task in frequent else "other" for one in self.prompts] if named else None
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, digest: str, window: int, max_completion_tokens: int
-    ) -> None:
-        """Encode for one policy.
-
-        Args:
-            tokenizer: the policy's.
-            digest: sha256 of its tokenizer.json.
-            window: tokens the policy reads at most.
-            max_completion_tokens: room a prompt must leave where completions are sampled for it.
-        """
-        self._tokenizer = tokenizer
-        self._digest = digest
-        self._window = window
-        self._longest_prompt = window - max_completion_tokens
-        self._eos = int(tokenizer.eos_token_id)
-
-    def prompt(self, prompt: Prompt) -> tuple[int, ...]:
-        """Ids of a prompt, up to where the completion starts. Raises Unencodable."""
-        if prompt.token_ids and prompt.tokenizer == self._digest:
-            return prompt.token_ids
-        if prompt.messages is not None:
-            return self._ids(self._rendered(prompt))
-        if prompt.text:
-            return tuple(self._tokenizer.encode(prompt.text))
-        raise Unencodable("the prompt is token ids of another tokenizer, without its text")
-
-    def candidate(self, prompt: Prompt, candidate: Candidate) -> tuple[int, ...]:
-        """Ids of a sampled completion, with its EOS unless it was cut off at the length limit. Raises Unencodable."""
-        if candidate.token_ids and prompt.tokenizer == self._digest:
-            ids = candidate.token_ids
-            cut_off = candidate.finish_reason == "length"
-            return ids if cut_off or ids[-1] == self._eos else (*ids, self._eos)
-        return self.written(prompt, candidate.text)
-
-    def written(self, prompt: Prompt, text: str) -> tuple[int, ...]:
-        """Ids of a finished completion given as text; after messages, as the chat template writes it.
-
-        Raises Unencodable.
-        """
-        if prompt.messages is not None:
-            before, after = self._rendered(prompt), self._rendered(prompt, answer=text)
-            if after.startswith(before):
-                ids = self._ids(after.removeprefix(before))
-                return ids[: ids.index(self._eos) + 1] if self._eos in ids else (*ids, self._eos)
-        return (*self._ids(text), self._eos)
-
-    def check_fits(self, prompt_ids: Sequence[int], *completions: Sequence[int]) -> None:
-        """Raise Unencodable where a prompt with its longest completion is longer than the model's window."""
-        if len(prompt_ids) + max(map(len, completions), default=0) > self._window:
-            raise Unencodable(f"longer than {self._window} tokens")
-
-    def leaves_room(self, prompt_ids: Sequence[int]) -> bool:
-        """Whether a completion of the greatest length can be sampled for a prompt."""
-        return len(prompt_ids) <= self._longest_prompt
-
-    def _ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
-
-    def _rendered(self, prompt: Prompt, answer: str | None = None) -> str:
-        messages = list(prompt.messages or ())
-        if answer is not None:
-            messages.append({"role": "assistant", "content": answer})
-        try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
-            raise Unencodable(f"the chat template refuses the messages: {error}") from error
-        return str(text)
+    @property
+    def held_out_prompt_ids(self) -> list[tuple[int, ...]]:
+        """The prompts a version is measured on."""
+        return [one.prompt_ids for one in self.held_out_prompts]
 
 
 def build(
@@ -170,30 +160,29 @@ def build(
     if trust is not None:
         judged = [one.weighted(trust.get(one.ranked.labeler, PRIOR_WEIGHT)) for one in judged]
     training, held_out = split(judged, settings.held_out_fraction)
+    if settings.leave_out_personal_data:
+        training = list(_without_personal_data(training, encoder, counts))
     if not any(one.ranked.pairs for one in training) or not any(one.ranked.pairs for one in held_out):
         raise DatasetUnusable(
             f"{len(training)} comparisons to learn from and {len(held_out)} to measure on hold no pairs enough: "
             "more are needed, of several prompts"
         )
     measured_on = {one.ranked.group for one in held_out}
-    asked = [(one.principal, one.ranked.prompt_ids) for one in training]
     known = measured_on | {one.ranked.group for one in training}
-    asked += _pooled(reversed(pool), encoder, known, settings.held_out_fraction, counts)
-    prompts = ppo_prompts(asked, settings.max_prompts_per_principal, distinct=settings.distinct_prompts)
+    asked = [Asked(one.principals, one.ranked.prompt_ids, one.task) for one in training]
+    stored = _pooled(reversed(pool), encoder, known, settings.held_out_fraction, counts)
+    asked += _without_personal_data(stored, encoder, counts) if settings.leave_out_personal_data else stored
+    prompts = ppo_prompts(asked, settings)
+    to_measure = {one.ranked.prompt_ids: Asked(one.principals, one.ranked.prompt_ids, one.task) for one in held_out}
     return Dataset(
         training=tuple(training),
-        held_out=tuple(one.ranked for one in held_out),
+        held_out=tuple(held_out),
+        anchors=tuple(_encoded([(placed[one.id], one) for one in found.golden], encoder, counts)),
         demonstrations=tuple(demonstrations),
-        prompts=tuple(filter(encoder.leaves_room, prompts)),
-        held_out_prompts=tuple(filter(encoder.leaves_room, dict.fromkeys(one.ranked.prompt_ids for one in held_out))),
+        prompts=tuple(one for one in prompts if encoder.leaves_room(one.prompt_ids)),
+        held_out_prompts=tuple(one for one in to_measure.values() if encoder.leaves_room(one.prompt_ids)),
         counts=dict(counts),
     )
-
-
-def position(stream_id: str) -> tuple[int, int]:
-    """A stream id as numbers that order as the log does."""
-    milliseconds, _, sequence = stream_id.partition("-")
-    return int(milliseconds), int(sequence or 0)
 
 
 def _trust(found: InForce, counts: Counter[str]) -> dict[str, float]:
@@ -264,24 +253,28 @@ def with_replay(training: Sequence[Judged], first_cursor: str, seed: int) -> lis
     return fresh + random.Random(seed).sample(diverse, min(len(fresh), len(diverse)))
 
 
-def ppo_prompts(
-    asked: Sequence[tuple[str, tuple[int, ...]]], per_principal: int, *, distinct: bool
-) -> tuple[tuple[int, ...], ...]:
-    """Distinct prompts; where several principals asked, the newest ``per_principal`` of each (InstructGPT §3.2).
+def ppo_prompts(asked: Sequence[Asked], settings: WorkerSettings) -> list[Asked]:
+    """Distinct prompts; where several principals asked, the newest of each up to the limit (InstructGPT §3.2).
 
-    Where they need not be ``distinct``, a prompt that was asked twice counts twice: the mix is that of the asking.
+    Where they need not be distinct, a prompt that was asked twice counts twice: the mix is that of the asking.
+
+    Args:
+        asked: what was asked, the newest last.
+        settings: ``max_prompts_per_principal``, ``distinct_prompts`` and ``shared_prefix_tokens``.
     """
-    by_principal: defaultdict[str, list[tuple[int, ...]]] = defaultdict(list)
-    for principal, ids in asked:
-        by_principal[principal].append(ids)
-    if distinct:
-        # The last time something was asked is its place.
-        by_principal.update({who: list(dict.fromkeys(ids[::-1]))[::-1] for who, ids in by_principal.items()})
-    if len(by_principal) > 1:
-        kept = [ids for prompts in by_principal.values() for ids in prompts[-per_principal:]]
-    else:
-        kept = [ids for prompts in by_principal.values() for ids in prompts]
-    return tuple(dict.fromkeys(kept) if distinct else kept)
+    by_principal: defaultdict[str, list[Asked]] = defaultdict(list)
+    for one in asked:
+        by_principal[one.principals[0]].append(one)
+    if settings.distinct_prompts:
+        by_principal.update({who: _distinct(prompts, settings) for who, prompts in by_principal.items()})
+    most = settings.max_prompts_per_principal if len(by_principal) > 1 else len(asked)
+    kept = [one for prompts in by_principal.values() for one in prompts[-most:]]
+    return _distinct(kept, settings) if settings.distinct_prompts else kept
+
+
+def _distinct(asked: Sequence[Asked], settings: WorkerSettings) -> list[Asked]:
+    """Of prompts that ask the same the last."""
+    return [asked[i] for i in distinct([one.prompt_ids for one in asked], settings.shared_prefix_tokens)]
 
 
 def _encoded(compared: Iterable[tuple[str, Comparison]], encoder: Encoder, counts: Counter[str]) -> Iterable[Judged]:
@@ -296,14 +289,14 @@ def _encoded(compared: Iterable[tuple[str, Comparison]], encoder: Encoder, count
         ranked = RankedPrompt(
             prompt_ids, completions, tuple(record.pairs()), labeler=record.labeler, group=record.prompt.key()
         )
-        yield Judged(stream_id, record.principal, ranked)
+        yield Judged(stream_id, _principals(record), ranked, _task(record))
 
 
 def _demonstrated(
     entries: Iterable[LogEntry], encoder: Encoder, counts: Counter[str]
-) -> tuple[list[Demonstrated], list[Judged]]:
+) -> tuple[list[Written], list[Judged]]:
     """The demonstrations; and of those that correct a completion, the pair: corrected over original."""
-    demonstrations: list[Demonstrated] = []
+    demonstrations: list[Written] = []
     corrections: list[Judged] = []
     for entry in entries:
         record = entry.record
@@ -316,18 +309,18 @@ def _demonstrated(
         except Unencodable:
             counts["unencodable"] += 1
             continue
-        demonstrations.append((prompt_ids, written))
+        demonstrations.append(Written(_principals(record), prompt_ids, written))
         if original:
             ranked = RankedPrompt(
                 prompt_ids, (written, original), ((0, 1),), labeler=record.labeler, group=record.prompt.key()
             )
-            corrections.append(Judged(entry.stream_id, record.principal, ranked))
+            corrections.append(Judged(entry.stream_id, _principals(record), ranked, _task(record)))
     return demonstrations, corrections
 
 
 def _pooled(
     pool: Iterable[PooledPrompt], encoder: Encoder, known: set[str], held_out_fraction: float, counts: Counter[str]
-) -> list[tuple[str, tuple[int, ...]]]:
+) -> list[Asked]:
     """Stored prompts beside the ``known`` ones; none that by its name will be measured on."""
     asked = []
     for pooled in pool:
@@ -340,5 +333,27 @@ def _pooled(
         except Unencodable:
             counts["unencodable"] += 1
             continue
-        asked.append((pooled.principal, ids))
+        asked.append(Asked(tuple(dict.fromkeys((pooled.principal, pooled.prompt.asked_by or pooled.principal))), ids))
     return asked
+
+
+Sample = TypeVar("Sample", Judged, Written, Asked)
+
+
+def _without_personal_data(found: Iterable[Sample], encoder: Encoder, counts: Counter[str]) -> Iterable[Sample]:
+    """Those whose prompts, as the policy reads them, hold no personal data (InstructGPT §3.2)."""
+    for one in found:
+        prompt_ids = one.ranked.prompt_ids if isinstance(one, Judged) else one.prompt_ids
+        if holds_personal_data(encoder.text(prompt_ids)):
+            counts["personal_data"] += 1
+        else:
+            yield one
+
+
+def _principals(record: Comparison | Demonstration) -> tuple[str, ...]:
+    """Who gave a record, and who asked its prompt: whose erasure takes it along."""
+    return tuple(dict.fromkeys((record.principal, record.prompt.asked_by or record.principal)))
+
+
+def _task(record: Comparison | Demonstration) -> str:
+    return record.metadata.get("task", "")

@@ -9,6 +9,10 @@ class ModelUnusable(TrainError):
     """A model directory that cannot be loaded as what it should be; the message names the directory and why."""
 
 
+class DeviceUnusable(TrainError):
+    """What was asked to compute on is not there, or does not fit the work; the message names the setting."""
+
+
 class DatasetUnusable(TrainError):
     """Training data that cannot be learnt from: empty, too long for the model, or malformed."""
 
@@ -19,3 +23,7 @@ class ResumePointUnusable(TrainError):
 
 class TrainingDiverged(TrainError):
     """A loss or a weight is no longer finite; nothing was saved after the last good iteration."""
+
+
+class AlarmRaised(TrainError):
+    """A run whose numbers sound training rules out was stopped; its resume point stands, and the message says why."""

@@ -1,7 +1,9 @@
 """How informative a comparison would be: how unsure a reward model is which completion of a prompt is preferred.
 
 Labelers are asked first where the reward model is least certain (uncertainty sampling, Lewis and Gale 1994, "A
-sequential algorithm for training text classifiers"). The completions are sampled as a blind task's would be, so that
+sequential algorithm for training text classifiers"). An ensemble also tells what it does not know from what people do
+not agree on: there they are asked where its heads disagree (for rewards: Christiano et al. 2017, arXiv 1706.03741,
+§2.2.4). The completions are sampled as a blind task's would be, so that
 all prompts are measured alike, however many completions of them were served.
 """
 
@@ -10,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from train.losses import preference_entropy
+from train.losses import disagreement, preference_entropy
 from train.models import load_policy, load_tokenizer, pad_id_of
-from train.reward_model import score_sequences
+from train.packing import packed_scores
 from train.sampling import sample_episodes
 from train.scalar_model import load_reward_model
 from train.settings import EvaluateSettings
@@ -30,7 +32,9 @@ def run(
     *,
     seed: int,
 ) -> list[float]:
-    """Mean entropy, in nats, of the reward model's preference between two of the policy's completions.
+    """How unsure the reward model is which of two of the policy's completions is preferred, in nats, mean over pairs.
+
+    Of one head, the entropy of the preference; of several, the SD over heads of the difference of scores.
 
     Args:
         settings: temperature and length of the completions.
@@ -55,9 +59,12 @@ def run(
         temperature=settings.temperature,
         generator=torch.Generator().manual_seed(seed),
     )
-    sequences = [(*prompt, *rest) for prompt, rest in zip(episodes.prompts, episodes.completions, strict=True)]
-    number = {text: place for place, text in enumerate(dict.fromkeys(sequences))}
-    which = torch.tensor([number[sequence] for sequence in sequences]).view(-1, COMPLETIONS)
-    scores = score_sequences(load_reward_model(reward_model_dir), list(number), pad_id_of(tokenizer))[which]
-    nats: list[float] = preference_entropy(scores, which.unsqueeze(2) != which.unsqueeze(1)).tolist()
+    answered = list(zip(episodes.prompts, episodes.completions, strict=True))
+    number = {one: place for place, one in enumerate(dict.fromkeys(answered))}
+    which = torch.tensor([number[one] for one in answered]).view(-1, COMPLETIONS)
+    differs = which.unsqueeze(2) != which.unsqueeze(1)
+    model = load_reward_model(reward_model_dir)
+    scores = packed_scores(model, list(number), pad_id_of(tokenizer))[which]
+    unsure = disagreement(scores, differs) if model.heads > 1 else preference_entropy(scores.squeeze(2), differs)
+    nats: list[float] = unsure.tolist()
     return nats

@@ -1,8 +1,9 @@
 """The equations of InstructGPT (Ouyang et al. 2022, §3.5) and PPO (Schulman et al. 2017), as pure functions.
 
 Letters in shapes: B completions (episodes), R completion tokens (right-padded), V vocabulary, N scored
-completions, M pairs, G prompts. ``mask`` is a [B, R] boolean that is True on real completion tokens, EOS
-included. Log-probabilities are natural; those of one call were all divided by the same temperature.
+completions, n heads of a reward model, M pairs, G prompts. ``mask`` is a [B, R] boolean that is True on real
+completion tokens, EOS included. Log-probabilities are natural; those of one call were all divided by the same
+temperature.
 """
 
 import torch
@@ -24,26 +25,48 @@ def entropy(logits: Tensor) -> Tensor:
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
-def ranking_loss(scores: Tensor, chosen: Tensor, rejected: Tensor, prompt: Tensor, weight: Tensor) -> Tensor:
-    """Pairwise ranking loss: −log σ(r_chosen − r_rejected), averaged over each prompt's pairs, then over prompts.
+def ranking_loss(
+    scores: Tensor, chosen: Tensor, rejected: Tensor, prompt: Tensor, weight: Tensor, margin: Tensor | None = None
+) -> Tensor:
+    """Pairwise ranking loss: −log σ(r_chosen − r_rejected − m), averaged over each prompt's pairs, then over prompts.
 
-    InstructGPT §3.5, eq. 1, whose 1/C(K,2) is here one over the number of pairs left after ties.
+    InstructGPT §3.5, eq. 1, whose 1/C(K,2) is here one over the number of pairs left after ties. The margin m is that
+    of Touvron et al. 2023 (Llama 2), §3.2.2, eq. 2. An ensemble's loss is the mean over its heads.
 
     Args:
-        scores: [N] of every completion in the batch.
+        scores: [N, n] of every completion in the batch by every head.
         chosen: [M] positions in ``scores`` of each pair's better completion.
         rejected: [M] of the worse.
         prompt: [M] which prompt, 0 … G−1, a pair belongs to; every prompt has a pair.
-        weight: [G] how far each prompt's labeler is trusted: 1 for all is the paper's loss, and where the weights of
+        weight: [G, n] what each prompt counts for each head: 1 for all is the paper's loss, and where the weights of
             the whole training set average 1, so are small batches' losses on average.
+        margin: [M] by how much the better completion should score higher, in nats; None: 0, the paper's loss.
 
     Returns:
         A scalar.
     """
-    losses = -logsigmoid(scores[chosen] - scores[rejected])
-    pairs = torch.zeros_like(weight).index_add(0, prompt, torch.ones_like(losses))
-    of_prompt = torch.zeros_like(weight).index_add(0, prompt, losses) / pairs
+    lead = scores[chosen] - scores[rejected]
+    losses = -logsigmoid(lead if margin is None else lead - margin.unsqueeze(1))
+    pairs = torch.zeros(len(weight)).index_add(0, prompt, torch.ones(len(prompt)))
+    of_prompt = torch.zeros_like(weight).index_add(0, prompt, losses) / pairs.unsqueeze(1)
     return (weight * of_prompt).mean()
+
+
+def expected_calibration_error(lead: Tensor, bins: int = 10) -> Tensor:
+    """How far confidence is from accuracy, a scalar in [0, 1]: Σ_b n_b/M |accuracy_b − mean confidence_b|.
+
+    Guo et al. 2017, arXiv 1706.04599, eq. 3. That the higher-scored of two completions is preferred is predicted with
+    the confidence σ(|lead|), at least 1/2; ``bins`` of equal width divide what is above. An even score is half right.
+
+    Args:
+        lead: [M] r_chosen − r_rejected of each pair, M ≥ 1.
+        bins: how many.
+    """
+    lead = lead.double()
+    confidence, right = lead.abs().sigmoid(), (lead.sign() + 1) / 2
+    number = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    gap = torch.zeros(bins, dtype=torch.float64).index_add(0, number, right - confidence)
+    return gap.abs().sum() / len(lead)
 
 
 def preference_entropy(scores: Tensor, differs: Tensor) -> Tensor:
@@ -58,7 +81,25 @@ def preference_entropy(scores: Tensor, differs: Tensor) -> Tensor:
     """
     gap = scores.unsqueeze(2) - scores.unsqueeze(1)
     each = -(gap.sigmoid() * logsigmoid(gap) + (-gap).sigmoid() * logsigmoid(-gap))
-    pairs = scores.shape[1] * (scores.shape[1] - 1)
+    return _mean_over_pairs(each, differs)
+
+
+def disagreement(scores: Tensor, differs: Tensor) -> Tensor:
+    """How far an ensemble's heads disagree on two completions, in nats: mean over pairs of SD_heads(r_i − r_j), [G].
+
+    The SD is the sample's (divisor n − 1). What all heads add to a whole prompt is no disagreement: it prefers nothing.
+
+    Args:
+        scores: [G, K, n] of K completions of each prompt by n ≥ 2 heads.
+        differs: [G, K, K] True where two completions are not the same; a pair of equal ones counts 0.
+    """
+    gap = scores.unsqueeze(2) - scores.unsqueeze(1)
+    return _mean_over_pairs(gap.std(3), differs)
+
+
+def _mean_over_pairs(each: Tensor, differs: Tensor) -> Tensor:
+    """[G, K, K] of ordered pairs to [G]: the mean over pairs of two places, 0 for those that do not differ."""
+    pairs = each.shape[1] * (each.shape[1] - 1)
     return (each * differs).sum((1, 2)) / pairs
 
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from train.batches import Batch
+from train.distributed import Ranks, whole
 from train.errors import ModelUnusable
+from train.lora import plain_weights
 
 HEAD_FILE = "head.safetensors"
 """Holds a scalar head (weight, bias, shift); a directory with it is a reward model, without it a policy."""
@@ -46,9 +48,24 @@ def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write config.json, safetensors weights, tokenizer and chat template into ``directory``."""
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    """Write config.json, safetensors weights, tokenizer and chat template into ``directory``.
+
+    What is written is a plain model, adapters added up. Of several processes all must call this, and the first writes.
+    """
+    save_plain(model, directory)
+    if Ranks.current().first:
+        tokenizer.save_pretrained(directory)
+
+
+def save_plain(model: PreTrainedModel, directory: Path) -> None:
+    """As ``save_policy``, of a policy or a trunk, without a tokenizer."""
+    first, weights = Ranks.current().first, {}
+    for name, weight in plain_weights(model).items():
+        gathered = whole(weight)
+        if first:
+            weights[name] = gathered.cpu()
+    if first:
+        model.save_pretrained(directory, state_dict=weights)
 
 
 def completion_logits(policy: PreTrainedModel, batch: Batch, temperature: float = 1.0) -> Tensor:
@@ -56,7 +73,8 @@ def completion_logits(policy: PreTrainedModel, batch: Batch, temperature: float 
 
     The unembedding runs over the R positions that predict completion tokens only, never over the prompt.
     """
-    predicting = torch.arange(batch.prompt_length - 1, batch.input_ids.shape[1] - 1)
+    first, end = batch.prompt_length - 1, batch.input_ids.shape[1] - 1
+    predicting = torch.arange(first, end, device=batch.input_ids.device)
     logits = policy(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
@@ -64,13 +82,17 @@ def completion_logits(policy: PreTrainedModel, batch: Batch, temperature: float 
         logits_to_keep=predicting,
         use_cache=False,
     ).logits
-    return cast(Tensor, logits) / temperature
+    return cast(Tensor, logits).float() / temperature
 
 
 def pretraining_loss(policy: PreTrainedModel, tokens: Tensor) -> Tensor:
     """Mean next-token cross-entropy in nats of packed sequences [B, T]; the first token of each is not predicted."""
-    logits = policy(input_ids=tokens, logits_to_keep=torch.arange(tokens.shape[1] - 1), use_cache=False).logits
-    return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    tokens = tokens.to(policy.device)
+    predicting = torch.arange(tokens.shape[1] - 1, device=tokens.device)
+    logits = policy(
+        input_ids=tokens, attention_mask=torch.ones_like(tokens), logits_to_keep=predicting, use_cache=False
+    ).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
 def is_reward_model(directory: Path) -> bool:
@@ -80,7 +102,7 @@ def is_reward_model(directory: Path) -> bool:
 
 def nonfinite_weights(model: nn.Module) -> int:
     """How many weights of ``model`` are infinite or nan."""
-    return sum(int((~weight.isfinite()).sum()) for weight in model.parameters())
+    return sum(int(whole((~weight.isfinite()).sum())) for weight in model.parameters())
 
 
 def load_pretrained(auto_class: Any, directory: Path) -> PreTrainedModel:

@@ -15,6 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from train.batches import TokenStream
+from train.devices import CPU, Device
+from train.distributed import Ranks
 from train.models import pretraining_loss, save_policy
 from train.optimizer import adamw, cosine_factor, update
 from train.progress import Progress, silent
@@ -32,6 +34,7 @@ def run(
     out: Path,
     *,
     seed: int,
+    device: Device = CPU,
     progress: Progress = silent,
 ) -> dict[str, float]:
     """Pretrain a model of shape ``config`` on ``stream`` and write it to ``out`` as a policy directory.
@@ -43,6 +46,7 @@ def run(
         config: the model's Hugging Face configuration.
         out: directory to write; what it holds is overwritten.
         seed: of the initial weights. The order of the text is the stream's own.
+        device: to compute on.
         progress: called after each step.
 
     Returns:
@@ -51,21 +55,22 @@ def run(
     Raises:
         TrainingDiverged: where a gradient is not finite; nothing is written.
     """
-    started = time.monotonic()
+    started, ranks = time.monotonic(), Ranks.current()
 
-    # 1. Random weights, leaving the caller's random state alone.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    # 1. Random weights, the same on every device, leaving the caller's random state alone.
+    with CPU.seeded(seed):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.train()
+    ranks.shard(device.prepare(model)).train()
     optimizer = adamw(model, settings.learning_rate, weight_decay=settings.weight_decay)
     losses: deque[float] = deque(maxlen=_AVERAGED_STEPS)
 
     for step in range(settings.steps):
         # 2. The loss of the next B sequences, [B, T].
-        loss = pretraining_loss(model, stream.take(settings.batch_size))
+        text = stream.take(settings.batch_size)
+        rows, weight = ranks.share(range(len(text)))
+        loss = weight * pretraining_loss(model, text[rows])
         torch.autograd.backward(loss)
-        losses.append(float(loss.detach()))
+        losses.append(ranks.mean(float(loss.detach())))
 
         # 3. One step of AdamW at this step's learning rate.
         factor = cosine_factor(

@@ -30,6 +30,8 @@ class ScalarModel(nn.Module):
         head: d → n, weights drawn with SD 1/√(d+1) and bias 0 (Stiennon et al. 2020, app. B.1).
         shift: [n], subtracted from what each head says; set so that demonstrations score 0 on average, by every head
             (InstructGPT §C.2).
+        shares_prompts: whether several completions of a prompt can go on from one reading of it; None until
+            ``train.packing`` has tried.
     """
 
     shift: Tensor
@@ -42,6 +44,7 @@ class ScalarModel(nn.Module):
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(width + 1), generator=generator)
         nn.init.zeros_(self.head.bias)
         self.register_buffer("shift", torch.zeros(heads))
+        self.shares_prompts: bool | None = None
 
     @property
     def heads(self) -> int:

@@ -59,6 +59,51 @@ class RewardModelSettings(_Stage):
     )
     final_lr_fraction: float = Field(0.1, ge=0, le=1, description="cosine decay ends here (§C.2)")
     max_grad_norm: float = Field(1.0, gt=0, description="global norm clip; ours, as GPT-3")
+    heads: int = Field(
+        1,
+        gt=0,
+        le=64,
+        description="scalar heads on the shared trunk, each with initial weights and a bootstrap sample of its own "
+        "(Osband et al. 2016, arXiv 1602.04621); where they disagree, labelers are asked first; 1 is the paper's",
+    )
+    margin: float = Field(
+        0.0,
+        ge=0,
+        description="nats by which a completion should lead another for each rank they are apart beyond the first; "
+        "Llama 2 (Touvron et al. 2023, §3.2.2) has 1/3 or 1 per step of its labelers' scale; 0 is the paper's",
+    )
+
+
+class AlarmSettings(_Stage):
+    """At what numbers a PPO run stops. Measured: nine good runs of the tiny world, 30 iterations of 256 episodes.
+
+    Not part of what a resume point belongs to: a stopped run goes on where they were changed.
+    """
+
+    patience: int = Field(
+        5, ge=0, description="iterations in a row that a number must be beyond its limit; 0: no alarms; ours"
+    )
+    negative_kl_errors: float = Field(
+        4.0, gt=0, description="standard errors by which the mean KL of those iterations may be below 0; ours"
+    )
+    min_explained_variance: float = Field(
+        -0.5, lt=1, description="of the value model once the policy learns; ours: measured 0.07 at worst"
+    )
+    min_entropy_share: float = Field(
+        0.1, ge=0, lt=1, description="of the policy's first entropy; ours: measured 0.39 at worst; 0 is off"
+    )
+    min_eos_share: float = Field(
+        0.5, ge=0, lt=1, description="of the first share of completions that end; ours: measured 0.98; 0 is off"
+    )
+    max_length_ratio: float = Field(
+        2.0, gt=1, description="of the mean completion to the first, either way; ours: measured 0.92 to 1.33"
+    )
+    max_sampler_gap: float = Field(
+        0.05,
+        gt=0,
+        description="nats by which sampler and trainer may differ in a token's log-probability; ours: measured 3e-5 in "
+        "fp32; bf16 needs up to 1",
+    )
 
 
 class PpoSettings(_Stage):
@@ -67,12 +112,27 @@ class PpoSettings(_Stage):
     iterations: int = Field(500, gt=0, description="of sampling and one inner epoch (§C.4: 256k episodes in all)")
     episodes_per_iteration: int = Field(512, gt=0, description="the batch (§C.4)")
     minibatches: int = Field(8, gt=0, description="policy updates per iteration (§C.4: 64 episodes each)")
+    episodes_per_forward: int = Field(
+        64,
+        gt=0,
+        description="most episodes, or pretraining sequences, in one forward or backward pass, each of similar length; "
+        "bounds memory and saves padding, and changes results by rounding alone; ours",
+    )
     policy_lr: float = Field(9e-6, gt=0, description="peak; ours: the paper does not print the released policy's")
     policy_lr_warmup_iterations: int = Field(10, ge=0, description="linear, from a tenth of the peak (§C.4)")
     policy_lr_final_fraction: float = Field(1.0, ge=0, le=1, description="cosine decay ends here (§C.4: constant)")
     value_lr: float = Field(9e-6, gt=0, description="constant (§C.4, 1.3B and 6B)")
     max_grad_norm: float = Field(1.0, gt=0, description="global norm clip, policy and value alike; ours")
     kl_coef: float = Field(0.02, ge=0, description="β of the per-token KL penalty, per nat (§C.4)")
+    adaptive_kl_target: float | None = Field(
+        None,
+        gt=0,
+        description="KL to the reference, nats per completion, that β is steered to (Ziegler et al. 2019, §2.2); "
+        "None keeps kl_coef (§C.4)",
+    )
+    adaptive_kl_horizon: int = Field(
+        10_000, gt=0, description="episodes over which β follows (lm-human-preferences, the code of Ziegler et al.)"
+    )
     clip: float = Field(0.2, gt=0, description="ε of the ratio clip (§C.4)")
     value_clip: float = Field(0.2, gt=0, description="how far a value may move from its old one; ours, as §C.4's ε")
     gae_lambda: float = Field(0.95, ge=0, le=1, description="λ; ours: the paper does not print it")
@@ -86,6 +146,18 @@ class PpoSettings(_Stage):
         True,
         description="divide scores by their SD on samples of the reference policy; ours: makes kl_coef mean the same "
         "for every reward model (Ziegler et al. 2019, §2.1 normalise too)",
+    )
+    score_pessimism: float = Field(
+        0.0,
+        ge=0,
+        description="SDs over the reward model's heads subtracted from their mean score (uncertainty-weighted "
+        "optimisation, Coste et al. 2023, arXiv 2310.02743, §3, there the variance); 0: the mean alone",
+    )
+    importance_limit: float = Field(
+        2.0,
+        ge=1,
+        description="a token weighs by the trainer's over the sampler's probability, at most this (truncated "
+        "importance sampling, Yao et al. 2025); 1 on all tokens where the sampler is exact",
     )
     whiten_advantages: bool = Field(True, description="mean 0 and variance 1 over a batch's completion tokens; ours")
     value_only_iterations: int = Field(
@@ -103,17 +175,54 @@ class PpoSettings(_Stage):
     )
     ema: float = Field(0.992, ge=0, lt=1, description="decay per iteration of the averaged policy (§C.4); 0 is off")
     save_every: int = Field(10, gt=0, description="iterations between resume points; ours")
+    alarms: AlarmSettings = Field(AlarmSettings(), description="at what numbers a run stops")
     sampler: Literal["transformers", "vllm"] = Field(
         "transformers", description="what draws the episodes; ours: vllm pays on a GPU, or for models beyond 100M"
     )
+    sampler_memory_gib: float = Field(
+        1.0, gt=0, description="key-value cache of the vllm sampler, GiB; ours: a million tokens of a model of 3M"
+    )
 
     @model_validator(mode="after")
-    def _minibatches_divide_the_batch(self) -> Self:
+    def _settings_fit_each_other(self) -> Self:
         if self.episodes_per_iteration % self.minibatches:
             raise ValueError(f"episodes_per_iteration {self.episodes_per_iteration} must be a multiple of minibatches")
         if self.value_only_iterations >= self.iterations:
             raise ValueError("value_only_iterations must leave at least one of iterations to the policy")
+        if self.adaptive_kl_target is not None and not self.kl_coef:
+            raise ValueError("adaptive_kl_target needs a kl_coef above 0 to start from")
         return self
+
+
+class DeviceSettings(_Stage):
+    """What every stage computes on, and in which numbers."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: CUDA where there is one; ours. Under torchrun each process takes its own GPU"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="of the forward and backward passes; weights and optimizer are fp32 always. auto: bf16 on CUDA, "
+        "fp32 on a CPU, where it is exact and no slower; ours",
+    )
+    compile: bool = Field(False, description="torch.compile each transformer block; ours: pays after minutes of a GPU")
+    checkpointing: bool = Field(
+        False,
+        description="keep one activation per transformer block and compute the rest again in the backward pass "
+        "(Chen et al. 2016, arXiv 1604.06174): a third more time for much less memory",
+    )
+
+
+class LoraSettings(_Stage):
+    """Low-rank adapters in place of training all weights (Hu et al. 2021, arXiv 2106.09685)."""
+
+    rank: int = Field(0, ge=0, description="of each adapter; 0 trains all weights, as InstructGPT does")
+    alpha: int = Field(32, gt=0, description="adapters are scaled by alpha/rank; Hu et al. use 32 for GPT-2")
+    target_modules: tuple[str, ...] = Field(
+        (),
+        description="ends of the names of the linear layers that get one; none named: all but the unembedding "
+        "(Dettmers et al. 2023, arXiv 2305.14314, §4: needed to match full training)",
+    )
 
 
 class EvaluateSettings(_Stage):
@@ -126,6 +235,14 @@ class EvaluateSettings(_Stage):
         128, gt=0, description="held-out packed sequences for the pretraining loss; ours"
     )
     best_of: int = Field(8, gt=1, description="completions per prompt among which the reward model chooses; ours")
+    best_of_prompts: int = Field(64, gt=0, description="held-out prompts for that, where gold can judge; ours")
+    probes: str | None = Field(
+        None,
+        description="prompts with a known answer, for truthfulness and toxicity: tinyworld, or a JSONL file, a line "
+        '{"prompt" | "messages": …, "kind": "known" | "unknown" | "toxicity" | "respectful", "answers": […], '
+        '"forbidden": […]} as train/probes.py describes; None: these rates are not measured',
+    )
+    probe_completions: int = Field(8, gt=0, description="sampled of each probe; ours")
     canary_prompts: int = Field(8, gt=0, description="prompts whose greedy completion goes into the manifest; ours")
     canary_prompt_tokens: int = Field(16, gt=0, description="greedy tokens kept of each of them; ours")
 
@@ -148,10 +265,27 @@ class WorkerSettings(_Stage):
     distinct_prompts: bool = Field(
         True, description="each prompt once in the prompt set (§3.2); false keeps the mix in which they were asked"
     )
+    shared_prefix_tokens: int = Field(
+        64,
+        ge=0,
+        description="prompts that begin with the same tokens, at least so many and most of the longer, are one (§3.2 "
+        "prints no length; ours); 0: only equal ones are",
+    )
+    leave_out_personal_data: bool = Field(
+        True, description="prompts with e-mail addresses, telephone or account numbers are not trained on (§3.2)"
+    )
     held_out_fraction: float = Field(0.1, gt=0, lt=1, description="of principals, kept for measuring (§3.2); ours")
     score_pool_prompts: int = Field(
         256, ge=0, description="prompts for labelers that each new reward model scores by how unsure it is; ours"
     )
+    backoff_seconds: float = Field(
+        60.0, gt=0, description="wait after a round that failed; each further failure in a row doubles it; ours"
+    )
+    max_backoff_seconds: float = Field(3600.0, gt=0, description="that wait is never longer; ours")
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="port of the worker's Prometheus metrics; 0: none, so that workers can be many"
+    )
+    metrics_host: str = Field("127.0.0.1", description="address they are served on: this machine only")
     canary_fraction: float = Field(
         0.0,
         ge=0,
@@ -167,9 +301,13 @@ class TrainSettings(TableSettings):
     model_config = SettingsConfigDict(env_prefix="INSTRUCTLOOP_TRAIN__")
     pretraining_text: str | None = Field(
         None,
-        description="text for the pretraining mix of SFT and PPO: a file with one document per line, or tinyworld; "
-        "None: there is none, and ptx_coef and pretraining_mix must be 0",
+        description="text for the pretraining mix of SFT and PPO: a file of text (a document per line), JSON lines or "
+        "Parquet, a directory of such files, or tinyworld; None: there is none, and ptx_coef and pretraining_mix must "
+        "be 0",
     )
+    pretraining_field: str = Field("text", description="field or column of a document in JSON lines and Parquet; ours")
+    device: DeviceSettings = Field(DeviceSettings(), description="what is computed on")
+    lora: LoraSettings = Field(LoraSettings(), description="adapters for SFT, reward model and PPO")
     pretrain: PretrainSettings = Field(PretrainSettings(), description="next-token training")
     sft: SftSettings = Field(SftSettings(), description="supervised fine-tuning")
     reward_model: RewardModelSettings = Field(RewardModelSettings(), description="reward model training")

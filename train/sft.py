@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from train.batches import Batch, Demonstrated, TokenStream, collate
+from train.devices import CPU, Device
+from train.distributed import Ranks
 from train.errors import DatasetUnusable
+from train.lora import NO_ADAPTERS, adapt
 from train.models import completion_logits, load_policy, load_tokenizer, pad_id_of, pretraining_loss, save_policy
 from train.optimizer import adamw, cosine_factor, update
 from train.progress import Progress, silent
-from train.settings import SftSettings
+from train.settings import LoraSettings, SftSettings
 
 
 def run(
@@ -32,6 +35,8 @@ def run(
     *,
     pretraining: TokenStream | None,
     seed: int,
+    device: Device = CPU,
+    lora: LoraSettings = NO_ADAPTERS,
     progress: Progress = silent,
 ) -> dict[str, float]:
     """Fine-tune the policy in ``policy_dir`` on ``demonstrations`` and write it to ``out``.
@@ -42,7 +47,9 @@ def run(
         demonstrations: prompts with their completions, in token ids.
         out: directory to write; what it holds is overwritten.
         pretraining: text for the mix; may be None only where ``settings.pretraining_mix`` is 0.
-        seed: of the order of the demonstrations and of dropout.
+        seed: of the order of the demonstrations, of dropout and of adapters.
+        device: to compute on.
+        lora: adapters to train in place of all weights.
         progress: called after each step.
 
     Returns:
@@ -61,12 +68,12 @@ def run(
         )
 
     # 1. The policy, with dropout on while it learns.
-    policy = load_policy(policy_dir)
+    ranks, policy = Ranks.current(), load_policy(policy_dir)
     tokenizer = load_tokenizer(policy_dir)
     pad_id = pad_id_of(tokenizer)
     _check(demonstrations, int(policy.config.max_position_embeddings))
     _set_dropout(policy, settings.dropout)
-    policy.train()
+    ranks.shard(device.prepare(adapt(policy, lora, seed=seed))).train()
     optimizer = adamw(policy, settings.learning_rate)
 
     # 2. Every demonstration once per epoch, in a new order each time.
@@ -76,21 +83,23 @@ def run(
     steps = settings.epochs * len(starts)
     epoch_losses: list[float] = []
     step = 0
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with device.seeded(seed + ranks.rank):
         for _ in range(settings.epochs):
             rng.shuffle(order)
             losses: list[float] = []
             for start in starts:
                 # 3. Cross-entropy of the completion tokens, and of pretraining text.
                 chosen = [demonstrations[i] for i in order[start : start + settings.batch_size]]
-                batch = collate([prompt for prompt, _ in chosen], [completion for _, completion in chosen], pad_id)
-                loss = completion_loss(policy, batch)
-                losses.append(float(loss.detach()))
-                if settings.pretraining_mix and pretraining is not None:
-                    text = pretraining.take(settings.pretraining_batch)
-                    loss = loss + settings.pretraining_mix * pretraining_loss(policy, text)
+                own, weight = ranks.share(chosen, [len(completion) for _, completion in chosen])
+                batch = collate([prompt for prompt, _ in own], [completion for _, completion in own], pad_id)
+                loss = weight * completion_loss(policy, device.place(batch))
                 torch.autograd.backward(loss)
+                losses.append(ranks.mean(float(loss.detach())))
+                if settings.pretraining_mix and pretraining is not None:
+                    # A backward of its own, so that both graphs are never in memory together; the gradients add up.
+                    text = pretraining.take(settings.pretraining_batch)
+                    rows, weight = ranks.share(range(len(text)))
+                    torch.autograd.backward(settings.pretraining_mix * weight * pretraining_loss(policy, text[rows]))
 
                 # 4. One step of AdamW at this step's learning rate.
                 factor = cosine_factor(step, steps, final_fraction=settings.final_lr_fraction)

@@ -1,82 +1,67 @@
 """The training worker: waits for comparisons, takes the lease, runs a round, and starts over.
 
-Training runs in a thread; the event loop keeps the lease alive. Whatever stops a round short of its end
-(SIGTERM, a lost lease, a kill) leaves it to be resumed, by this worker or another on the same state
-directory. A round that ended, well or badly, has used up its comparisons as a reason to start one; they stay
-in the log and are learnt from in the next. A reward model that came out of it says which prompts labelers
-should see next.
+Training runs in a thread; the event loop keeps the lease alive and watches the log. Whatever stops a round short of its
+end (SIGTERM, a lost lease, a kill) leaves it to be resumed, by this worker or another on the same state directory. A
+round that ended, well or badly, has used up its comparisons as a reason to start one; they stay in the log and are
+learnt from in the next. After one that failed the worker waits, longer each time. A reward model that came out of it
+says which prompts labelers should see next.
+
+What the log says is erased is taken out of every frozen dataset at the next look, before anything else is done; a
+round that is under way with it begins again without it.
 """
 
 import asyncio
 import contextlib
-import json
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+
+import torch
 
 from deploy.errors import DeployError, LeaseLost, ReleaseUnavailable
-from deploy.files import replace_atomically
 from deploy.operations import start_canary
-from deploy.registry import Lease, Registry, ReleaseStore
+from deploy.registry import Registry
 from deploy.settings import DeploySettings
 from deploy.versions import Draft, Version, VersionKind
-from feedback.erasure import surviving
 from feedback.errors import FeedbackError
-from feedback.records import Comparison, PooledPrompt, Prompt
-from feedback.settings import FeedbackSettings
-from feedback.store import FeedbackStore, LogEntry
-from train import informativeness
-from train.datasets import Dataset, Encoder, Unencodable, build, position
+from feedback.records import PooledPrompt, name_digest
+from feedback.removal import position
+from feedback.store import LogEntry
+from train import frozen
+from train.backoff import Backoff
+from train.board import Board
+from train.datasets import build
+from train.encoding import encoder_of
+from train.erasures import Erasures
 from train.errors import TrainError
-from train.models import load_policy, load_tokenizer
-from train.round import Outcome, Plan, Round, RunDirectory
+from train.frozen import Frozen
+from train.log_watch import LogWatch, log_until
+from train.round import Round
+from train.run_progress import RunProgress
+from train.runs import Outcome, Plan, RunDirectory
 from train.settings import TrainSettings, WorkerSettings
+from train.stores import Stores
+from train.uncertain_prompts import informative
+from train.worker_metrics import WorkerMetrics
 
 _LOGGER = logging.getLogger(__name__)
-_SHOW_SECONDS, _LOG_SECONDS = 1.0, 15.0
 POOL_PROMPTS = 10_000
 """Most stored prompts a round reads beside those of its comparisons."""
 
 
 class Stopped(Exception):
-    """The worker was told to stop; the round can be resumed."""
+    """The round has to stop where it is; the message says why. It can be resumed."""
 
 
 @dataclass(frozen=True)
-class Stores:
-    """The worker's connections."""
+class _Material:
+    """What a dataset is built from: the log's records, and stored prompts."""
 
-    feedback: FeedbackStore
-    releases: ReleaseStore
-    lease: Lease
-
-    @classmethod
-    def connect(cls, url: str, state: Path, worker: WorkerSettings, feedback: FeedbackSettings) -> Self:
-        """Connections to the Redis at ``url``; made when first used."""
-        return cls(
-            FeedbackStore.connect(url, feedback),
-            ReleaseStore.connect(url, state),
-            Lease.connect(url, worker.lease_seconds),
-        )
-
-    async def close(self) -> None:
-        """Close them."""
-        await self.feedback.close()
-        await self.releases.close()
-        await self.lease.close()
-
-
-@dataclass
-class _Seen:
-    """How many comparisons the log holds between two stream ids, so that a look reads only what is new."""
-
-    since: str
-    until: str
-    comparisons: int = 0
+    entries: list[LogEntry]
+    pool: list[PooledPrompt]
 
 
 class Worker:
@@ -84,12 +69,18 @@ class Worker:
 
     def __init__(self, state: Path, stores: Stores, settings: TrainSettings, deploy: DeploySettings) -> None:
         self.stop = threading.Event()
+        self.metrics = WorkerMetrics()
         self._state = state
         self._stores = stores
         self._settings = settings
         self._deploy = deploy
         self._registry = Registry(state)
-        self._seen = _Seen("0-0", "0-0")
+        self._watch = LogWatch(stores.feedback)
+        self._erasures = Erasures(state, self._watch)
+        self._erased = threading.Event()
+        self._backoff = Backoff(settings.worker.backoff_seconds, settings.worker.max_backoff_seconds)
+        self._backoff.resume(RunDirectory.all(state))
+        self.metrics.show(self._backoff)
 
     async def run(self) -> None:
         """Work until told to stop. Redis gone, or a full disk, is waited out."""
@@ -98,7 +89,8 @@ class Worker:
             try:
                 await self.step()
             except (DeployError, FeedbackError, OSError) as error:
-                _LOGGER.warning("the worker cannot work now, and tries again in %.0f s: %s", poll_seconds, error)
+                wait = max(poll_seconds, self._backoff.seconds_left)
+                _LOGGER.warning("the worker cannot work now, and tries again in %.0f s: %s", wait, error)
             await asyncio.to_thread(self.stop.wait, poll_seconds)
 
     async def step(self) -> Outcome | None:
@@ -107,37 +99,42 @@ class Worker:
         Raises:
             DeployError: The registry or the release cannot be used now.
             FeedbackError: The log cannot be read now.
+            OSError: The disk cannot be used now.
         """
-        if self._unfinished() is None and not await self._is_due():
+        due = await self._look()
+        if not due and not self._erasures.pending():
             return None
         if not await self._stores.lease.acquire():
-            _LOGGER.info("a round is due, but another worker holds the lease, or held it until it was killed")
+            _LOGGER.info("there is work, but another worker holds the lease, or held it until it was killed")
             return None
+        self.metrics.lease_held.set(1)
         try:
             async with self._renewing():
+                await asyncio.to_thread(self._erasures.apply)
                 # Looked at again: whoever held the lease until now may have done this round.
-                directory = self._unfinished()
-                if directory is None and await self._is_due():
-                    directory = await self._begin()
-                return await self._finish(directory) if directory else None
+                if not await self._look():
+                    return None
+                return await self._finish(self._unfinished() or await self._begin())
         finally:
+            self.metrics.lease_held.set(0)
             with contextlib.suppress(LeaseLost, ReleaseUnavailable):
                 await self._stores.lease.release()
 
+    async def _look(self) -> bool:
+        """Read the log on; True where a round is to be finished or due now, and no failure is to be waited out."""
+        cursor, since = self._last_round()
+        waiting = await self._watch.look(cursor)
+        self.metrics.waiting.set(waiting)
+        self.metrics.looked.set_to_current_time()
+        if self._backoff.seconds_left:
+            return False
+        if self._unfinished() is not None:
+            return True
+        release = await self._stores.releases.read()
+        return release.stable is not None and is_due(waiting, time.time() - since, self._settings.worker)
+
     def _unfinished(self) -> RunDirectory | None:
         return next((run for run in RunDirectory.all(self._state) if run.outcome is None), None)
-
-    async def _is_due(self) -> bool:
-        release = await self._stores.releases.read()
-        if release.stable is None:
-            return False
-        cursor, since = self._last_round()
-        if self._seen.since != cursor:
-            self._seen = _Seen(since=cursor, until=cursor)
-        async for entry in self._stores.feedback.scan(after=self._seen.until):
-            self._seen.until = entry.stream_id
-            self._seen.comparisons += isinstance(entry.record, Comparison)
-        return is_due(self._seen.comparisons, time.time() - since, self._settings.worker)
 
     def _last_round(self) -> tuple[str, float]:
         """The cursor of the newest round, and when it ended (unix seconds); else of the newest version."""
@@ -170,36 +167,70 @@ class Worker:
             first_reward_model=fitted[0] if fitted else None,
             previous_reward_model=fitted[-1] if fitted else None,
         )
-        pool = await self._stores.feedback.pool_prompts(POOL_PROMPTS)
+        for ended in RunDirectory.all(self._state):
+            ended.forget()  # of a worker that was killed right after it had written how its round ended
         directory = RunDirectory(self._state / "runs" / plan.run)
-        directory.begin(plan, [prompt.model_dump(mode="json") for prompt in pool])
+        directory.begin(plan)
         _LOGGER.info("%s: begins from policy %d", plan.run, plan.parent)
         return directory
 
     async def _finish(self, directory: RunDirectory) -> Outcome | None:
         """Run what is left of a round and write down how it ended."""
-        plan, work = directory.plan, directory.claim(self._stores.lease.token or 0)
-        entries = await log_until(self._stores.feedback, plan.cursor)
-        progress = RunProgress(directory.path, self._check)
-        loop = asyncio.get_running_loop()
+        plan, stopped = directory.plan, True
+        self.metrics.begin_round()
+        try:
+            work = directory.claim(self._stores.lease.token or 0)
+            directory.begin_attempt(work)
+            material = None if directory.dataset.exists() else await self._material(plan)
+            async with self._watching(directory):
+                loop = asyncio.get_running_loop()
+                outcome = await asyncio.to_thread(self._train, directory, work, material, loop)
+            await self._stores.lease.check()
+            directory.conclude(outcome, work)
+            stopped = False
+        except Stopped as reason:
+            _LOGGER.info("%s: stopped, and will be resumed: %s", plan.run, reason)
+            return None
+        except LeaseLost as error:
+            _LOGGER.warning("%s: left to whoever holds the lease now: %s", plan.run, error)
+            return None
+        except (DeployError, FeedbackError, OSError) as error:
+            self._failed(error)
+            raise
+        finally:
+            self.metrics.end_stage(stopped=stopped)
+            directory.end_attempt()
+        self.metrics.ended(outcome)
+        if outcome.status != "failed":
+            self._backoff.succeeded()
+        _LOGGER.info("%s: %s %s", plan.run, outcome.status, "; ".join(outcome.reasons))
+        await self._canary(outcome, plan)
+        await self._score_pool(outcome, plan)
+        return outcome
 
-        def publish(draft: Draft, source: Path) -> Version:
-            """In the training thread: publish under the lease, and log it, both through the event loop."""
+    def _train(
+        self, directory: RunDirectory, work: Path, material: _Material | None, loop: asyncio.AbstractEventLoop
+    ) -> Outcome:
+        """In the training thread: the round, and what went wrong in it as its outcome.
 
-            def check_fence() -> None:
-                asyncio.run_coroutine_threadsafe(self._stores.lease.check(), loop).result()
+        Memory that runs out, or a device that fails, ends the round and not the worker.
+        """
+        plan, shown = directory.plan, RunProgress(directory.path)
+        with Board(directory.path) as board:
 
-            version = self._registry.publish(draft, source, check_fence=check_fence)
-            logged = self._stores.releases.record_publish(version, self._stores.lease.token)
-            asyncio.run_coroutine_threadsafe(logged, loop).result()
-            return version
+            def progress(stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
+                self._check()
+                for show in (shown, self.metrics, board):
+                    show(stage, done, total, numbers)
 
-        def train() -> Outcome:
             try:
+                progress("dataset", 0, 1, {})
+                dataset = self._frozen(directory, material)
+                publish = self._publisher(loop)
                 return Round(
                     plan,
                     work,
-                    self._dataset(directory, entries),
+                    dataset,
                     self._registry,
                     self._settings,
                     self._deploy.gate,
@@ -207,28 +238,48 @@ class Worker:
                     progress=progress,
                 ).run()
             except TrainError as error:
+                self._failed(error)
                 return Outcome(status="failed", reasons=(str(error),))
+            except (MemoryError, RuntimeError) as error:  # PyTorch's own errors, of memory and devices, are the latter
+                self._failed(error)
+                _LOGGER.exception("%s: failed", plan.run)
+                return Outcome(status="failed", reasons=(failure(error),))
 
-        try:
-            outcome = await asyncio.to_thread(train)
-            await self._stores.lease.check()
-        except Stopped:
-            _LOGGER.info("%s: stopped; it will be resumed", plan.run)
-            return None
-        except LeaseLost as error:
-            _LOGGER.warning("%s: left to whoever holds the lease now: %s", plan.run, error)
-            return None
-        directory.conclude(outcome, work)
-        _LOGGER.info("%s: %s %s", plan.run, outcome.status, "; ".join(outcome.reasons))
-        await self._canary(outcome, plan)
-        await self._score_pool(outcome, plan)
-        return outcome
+    def _failed(self, error: Exception) -> None:
+        self.metrics.failures.labels(type(error).__name__).inc()
+        self._backoff.failed()
 
-    def _dataset(self, directory: RunDirectory, entries: list[LogEntry]) -> Dataset:
+    async def _material(self, plan: Plan) -> _Material:
+        """What the round's dataset is built from. Prompts of whom an erasure is not through with yet are left out."""
+        erased = await self._stores.feedback.unfinished_erasures() | self._watch.erased_after(plan.cursor)
+        pool = await self._stores.feedback.pool_prompts(POOL_PROMPTS)
+        left = [one for one in pool if erased.isdisjoint(map(name_digest, (one.principal, one.prompt.asked_by or "")))]
+        return _Material(await log_until(self._stores.feedback, plan.cursor), left)
+
+    def _frozen(self, directory: RunDirectory, material: _Material | None) -> Frozen:
+        """The round's dataset: as it was frozen when the round began, or else built, and frozen now."""
         parent = self._registry.get(VersionKind.POLICY, directory.plan.parent)
         self._registry.verify(parent)
-        pool = [PooledPrompt.model_validate(prompt) for prompt in directory.pool()]
-        return dataset_for(parent, entries, pool, self._settings)
+        if material is None:
+            return frozen.thaw(directory.dataset)
+        encoder = encoder_of(parent, self._settings)
+        dataset = build(material.entries, material.pool, encoder, self._settings.worker)
+        self._check()
+        return frozen.freeze(dataset, directory.dataset)
+
+    def _publisher(self, loop: asyncio.AbstractEventLoop) -> Callable[[Draft, Path], Version]:
+        """For the training thread: publishes under the lease, and logs it, both through the event loop."""
+
+        def check_fence() -> None:
+            asyncio.run_coroutine_threadsafe(self._stores.lease.check(), loop).result()
+
+        def publish(draft: Draft, source: Path) -> Version:
+            version = self._registry.publish(draft, source, check_fence=check_fence)
+            logged = self._stores.releases.record_publish(version, self._stores.lease.token)
+            asyncio.run_coroutine_threadsafe(logged, loop).result()
+            return version
+
+        return publish
 
     async def _canary(self, outcome: Outcome, plan: Plan) -> None:
         """Give a version that passed its share of traffic, where the settings say so."""
@@ -256,14 +307,43 @@ class Worker:
             fitted = self._registry.get(VersionKind.REWARD_MODEL, outcome.reward_model)
             nats = await asyncio.to_thread(informative, asked, policy, fitted, self._settings, plan.seed)
             await self._stores.feedback.score_prompts(nats)
-        except (DeployError, FeedbackError, TrainError) as error:
+        except (DeployError, FeedbackError, TrainError, MemoryError, RuntimeError) as error:
             _LOGGER.warning("%s: no prompts are scored for labelers: %s", plan.run, error)
 
     def _check(self) -> None:
         """In the training thread, after each step: may it go on?"""
         if self.stop.is_set():
-            raise Stopped
+            raise Stopped("the worker was told to stop")
+        if self._erased.is_set():
+            raise Stopped("something in its dataset was erased")
         self._stores.lease.check_time()
+
+    @contextlib.asynccontextmanager
+    async def _watching(self, directory: RunDirectory) -> AsyncIterator[None]:
+        """Read the log on inside; where something is erased that the round trains on, ``_check`` ends the training."""
+        self._erased.clear()
+        cursor = directory.plan.cursor
+
+        async def watch() -> None:
+            known = -1
+            while not self._erased.is_set():
+                await asyncio.sleep(self._settings.worker.poll_seconds)
+                try:
+                    self.metrics.waiting.set(await self._watch.look(cursor))
+                    if len(self._watch.erased_after(cursor)) != known and directory.dataset.exists():
+                        known = len(self._watch.erased_after(cursor))
+                        if await asyncio.to_thread(self._erasures.concern, directory):
+                            self._erased.set()
+                except (FeedbackError, TrainError) as error:
+                    _LOGGER.warning("the log could not be watched for erasures: %s", error)
+
+        task = asyncio.create_task(watch())
+        try:
+            yield
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
 
     @contextlib.asynccontextmanager
     async def _renewing(self) -> AsyncIterator[None]:
@@ -289,64 +369,6 @@ class Worker:
                 await task
 
 
-async def log_until(feedback: FeedbackStore, cursor: str) -> list[LogEntry]:
-    """The log up to and including ``cursor``, without what was erased by now. Raises StoreUnavailable."""
-    entries = surviving([entry async for entry in feedback.scan()])
-    return [entry for entry in entries if position(entry.stream_id) <= position(cursor)]
-
-
-def dataset_for(policy: Version, entries: list[LogEntry], pool: list[PooledPrompt], settings: TrainSettings) -> Dataset:
-    """The dataset of these records for the tokenizer and window of ``policy``.
-
-    Raises:
-        DatasetUnusable: They hold too little to learn from.
-        ModelUnusable: The policy's files cannot be loaded.
-    """
-    return build(entries, pool, _encoder(policy, settings), settings.worker)
-
-
-def informative(
-    asked: Mapping[str, Sequence[Prompt]],
-    policy: Version,
-    reward_model: Version,
-    settings: TrainSettings,
-    seed: int,
-) -> dict[str, float]:
-    """How informative comparisons of ``policy``'s completions would be, in nats, by whatever names the prompts.
-
-    A name's figure is that of its most informative prompt; one without a prompt that can be completed is left out.
-
-    Raises:
-        ModelUnusable: The versions' files cannot be loaded.
-    """
-    encoder = _encoder(policy, settings)
-    ids_of: dict[str, list[tuple[int, ...]]] = {name: [] for name in asked}
-    for name, prompts in asked.items():
-        for prompt in prompts:
-            with contextlib.suppress(Unencodable):
-                ids_of[name].append(encoder.prompt(prompt))
-    distinct = list(dict.fromkeys(ids for each in ids_of.values() for ids in each if ids and encoder.leaves_room(ids)))
-    nats = dict(
-        zip(
-            distinct,
-            informativeness.run(settings.evaluate, policy.path, reward_model.path, distinct, seed=seed),
-            strict=True,
-        )
-    )
-    found = {name: [nats[ids] for ids in each if ids in nats] for name, each in ids_of.items()}
-    return {name: max(each) for name, each in found.items() if each}
-
-
-def _encoder(policy: Version, settings: TrainSettings) -> Encoder:
-    tokenizer_file = policy.manifest.files.get("tokenizer.json")
-    return Encoder(
-        load_tokenizer(policy.path),
-        tokenizer_file.sha256 if tokenizer_file else "",
-        int(load_policy(policy.path).config.max_position_embeddings),
-        max(settings.ppo.max_completion_tokens, settings.evaluate.max_completion_tokens),
-    )
-
-
 def is_due(comparisons: int, seconds: float, settings: WorkerSettings) -> bool:
     """Whether so many new comparisons, so long after the last round, are reason for a round."""
     if comparisons >= settings.min_new_comparisons:
@@ -354,38 +376,8 @@ def is_due(comparisons: int, seconds: float, settings: WorkerSettings) -> bool:
     return comparisons > 0 and seconds >= settings.interval_seconds
 
 
-class RunProgress:
-    """Shows a round's progress in ``progress.json`` and in the log, and asks after each step whether to go on."""
-
-    def __init__(self, directory: Path, check: Callable[[], None]) -> None:
-        self._path = directory / "progress.json"
-        self._run = directory.name
-        self._check = check
-        self._stage = ""
-        self._done_before: int | None = None
-        self._began = self._shown = self._logged = 0.0
-
-    def __call__(self, stage: str, done: int, total: int, numbers: dict[str, float]) -> None:
-        """Take in one step; raises what ``check`` raises."""
-        self._check()
-        now = time.monotonic()
-        if stage != self._stage:
-            self._stage, self._began, self._shown, self._logged = stage, now, 0.0, now
-            self._done_before = None
-            _LOGGER.info("%s: %s begins", self._run, stage)
-        if self._done_before is None and done:  # a stage that is resumed does not begin at its first step
-            self._done_before, self._began = (0, self._began) if done == 1 else (done, now)
-        steps = done - (self._done_before or 0)
-        left = (now - self._began) / steps * (total - done) if steps else None
-        if now - self._shown >= _SHOW_SECONDS or done == total:
-            self._shown = now
-            shown = {"run": self._run, "stage": stage, "done": done, "total": total, "seconds_left": left}
-            replace_atomically(self._path, json.dumps(shown | {"numbers": numbers}).encode())
-        if now - self._logged >= _LOG_SECONDS or done == total:
-            self._logged = now
-            said = " ".join(f"{name} {numbers[name]:.4g}" for name in _SAID if name in numbers)
-            _LOGGER.info("%s: %s %d/%d %s, %.0f s left", self._run, stage, done, total, said, left or 0.0)
-
-
-_SAID = ("loss", "score", "kl_to_reference", "eos_share", "ptx_loss")
-"""Numbers worth a place in a log line."""
+def failure(error: MemoryError | RuntimeError) -> str:
+    """What an error of the machine is called in a round's outcome."""
+    text = str(error).strip().partition("\n")[0]
+    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return f"out of memory: {text or type(error).__name__}" if out_of_memory else f"{type(error).__name__}: {text}"

@@ -32,6 +32,7 @@ export class Unreachable extends Error {}
 /**
  * @typedef {object} Options
  * @property {string} [idempotencyKey]
+ * @property {string} [ifMatch] what the request was decided on
  * @property {AbortSignal} [signal]
  * @property {number} [timeoutSeconds]
  */
@@ -51,6 +52,14 @@ export class Api {
    */
   async get(path) {
     return (await this.#ask("GET", path, undefined, { timeoutSeconds: 15 })).json();
+  }
+
+  /**
+   * @param {string} path
+   * @returns {Promise<Blob>} Throws Refused or Unreachable.
+   */
+  async blob(path) {
+    return (await this.#ask("GET", path, undefined, { timeoutSeconds: 60 })).blob();
   }
 
   /**
@@ -94,10 +103,11 @@ export class Api {
    * @param {Options} [options]
    * @returns {Promise<Response>}
    */
-  async #ask(method, path, body, { idempotencyKey, signal, timeoutSeconds } = {}) {
+  async #ask(method, path, body, { idempotencyKey, ifMatch, signal, timeoutSeconds } = {}) {
     const headers = new Headers({ "Content-Type": "application/json" });
     if (this.#key) headers.set("Authorization", `Bearer ${this.#key}`);
     if (idempotencyKey) headers.set("Idempotency-Key", idempotencyKey);
+    if (ifMatch) headers.set("If-Match", ifMatch);
     /** @type {Response} */
     let answer;
     try {

@@ -1,4 +1,4 @@
-/** @file Asks for the API key, where the server needs one, and for the labeler's name. */
+/** @file Asks for the API key, where the server needs one, and, where the page has a field for it, the labeler's name. */
 
 import { byId } from "./element.js";
 import { recall, remember } from "./device.js";
@@ -18,8 +18,8 @@ export class SignIn {
   #form = byId("sign-in");
   /** @type {HTMLInputElement} */
   #key = byId("key");
-  /** @type {HTMLInputElement} */
-  #labeler = byId("labeler");
+  /** @type {HTMLInputElement | null} */
+  #labeler = document.querySelector("#labeler");
 
   /** @param {(key: string | null) => void} onDone gets null where no key was asked for */
   constructor(onDone) {
@@ -27,7 +27,7 @@ export class SignIn {
       event.preventDefault();
       const key = this.#key.value.trim();
       this.#key.value = "";
-      remember("labeler", { name: this.#labeler.value.trim() });
+      if (this.#labeler) remember("labeler", { name: this.#labeler.value.trim() });
       onDone(this.#key.required ? key : null);
     });
   }
@@ -39,8 +39,8 @@ export class SignIn {
   ask(keyNeeded, problem = "") {
     byId("key-field").hidden = !keyNeeded;
     this.#key.required = keyNeeded;
-    this.#labeler.value = labelerName() ?? "";
+    if (this.#labeler) this.#labeler.value = labelerName() ?? "";
     byId("sign-in-problem").textContent = problem;
-    (keyNeeded ? this.#key : this.#labeler).focus();
+    (keyNeeded ? this.#key : this.#labeler)?.focus();
   }
 }

@@ -4,12 +4,14 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
+import httpx2
 import pytest
 from tiny_loop import SETTINGS, TOLERANT, Loop, tiny_loop
 from typer.testing import CliRunner, Result
@@ -17,7 +19,7 @@ from typer.testing import CliRunner, Result
 from deploy.registry import Registry
 from deploy.versions import VersionKind
 from train.__main__ import app
-from train.round import RunDirectory
+from train.runs import RunDirectory
 
 
 @pytest.fixture
@@ -28,17 +30,24 @@ async def loop(state_dir: Path, redis_url: str, tmp_path: Path) -> AsyncIterator
         yield made
 
 
+def toml(table: str, fields: dict[str, object]) -> list[str]:
+    """The lines of a table, and of the tables in it."""
+    nested = {name: value for name, value in fields.items() if isinstance(value, dict)}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in fields.items() if name not in nested]
+    return [f"[{table}]", *lines, *(line for name, inner in nested.items() for line in toml(f"{table}.{name}", inner))]
+
+
 @pytest.fixture
 def settings_file(tmp_path: Path) -> Path:
     """The tiny loop's settings as a person would write them; PPO lasts long enough to be interrupted."""
     tables = {
         "deploy.gate": TOLERANT.model_dump(),
-        "train.reward_model": SETTINGS.reward_model.model_dump(),
+        "train.reward_model": SETTINGS.reward_model.model_dump(exclude_none=True),
         "train.ppo": SETTINGS.ppo.model_dump(exclude_none=True) | {"iterations": 60},
-        "train.evaluate": SETTINGS.evaluate.model_dump(),
+        "train.evaluate": SETTINGS.evaluate.model_dump(exclude_none=True),
         "train.worker": SETTINGS.worker.model_dump() | {"lease_seconds": 1.5},
     }
-    lines = [f"[{table}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in t.items()) for table, t in tables.items()]
+    lines = [line for table, fields in tables.items() for line in toml(table, fields)]
     path = tmp_path / "loop.toml"
     path.write_text("\n".join(lines))
     return path
@@ -70,17 +79,19 @@ def test_the_stages_by_hand(train: Callable[..., Result], loop: Loop, tmp_path: 
     figures = json.loads(measured.stdout)
     assert abs(figures["kl_to_reference"]) < 1e-4, "the reference measured against itself"
     assert figures["nonfinite_weights"] == 0
+    assert measured.stderr == "", "no bars where nobody looks"
     assert train("evaluate", "7").exit_code == 1
     assert train("evaluate", "seven").exit_code == 2
 
 
 @pytest.fixture
-def start_worker(loop: Loop, settings_file: Path) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+def start_worker(loop: Loop, settings_file: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     started: list[subprocess.Popen[bytes]] = []
     log = (loop.state / "worker.log").open("ab")
 
-    def start() -> subprocess.Popen[bytes]:
+    def start(metrics_port: int = 0) -> subprocess.Popen[bytes]:
         environment = os.environ | {"INSTRUCTLOOP_SETTINGS": str(settings_file), "OMP_NUM_THREADS": "1"}
+        environment["INSTRUCTLOOP_TRAIN__WORKER__METRICS_PORT"] = str(metrics_port)
         command = [sys.executable, "-m", "train", "--state", str(loop.state), "--redis-url", loop.url, "worker"]
         started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
         return started[-1]
@@ -116,12 +127,21 @@ def ended(run: RunDirectory) -> bool:
 
 
 def test_a_worker_that_is_stopped_killed_and_paused_finishes_the_round_once(
-    loop: Loop, start_worker: Callable[[], subprocess.Popen[bytes]]
+    loop: Loop, start_worker: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
-    stopped = start_worker()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    stopped = start_worker(port)
     run = wait_for(loop.state, lambda run: written(run) > 0)
+    page = httpx2.get(f"http://127.0.0.1:{port}/metrics").text
+    assert "instructloop_worker_lease_held 1.0" in page
+    assert 'instructloop_worker_stage_number{name="score",stage="ppo"}' in page
     stopped.send_signal(signal.SIGTERM)
-    assert stopped.wait(20) == 0, "stopping is not a failure"
+    try:
+        assert stopped.wait(20) == 0, "stopping is not a failure"
+    except subprocess.TimeoutExpired:
+        stopped.send_signal(signal.SIGABRT); time.sleep(1); print((loop.state / "worker.log").read_text()[-9000:]); raise
     assert not ended(run)
     resume_point = written(run)
 

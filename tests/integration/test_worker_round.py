@@ -19,8 +19,10 @@ from feedback.pool import UNSCORED_NATS
 from feedback.records import Erasure, Prompt, name_digest
 from feedback.settings import FeedbackSettings
 from feedback.store import FeedbackStore
-from train.round import Outcome, RunDirectory
-from train.worker import Stores, Worker, log_until
+from train.log_watch import log_until
+from train.runs import Outcome, RunDirectory
+from train.stores import Stores
+from train.worker import Worker
 
 
 @pytest.fixture
@@ -82,8 +84,11 @@ async def test_a_later_round_restarts_from_the_first_reward_model(loop: Loop) ->
     await loop.compare(60)
     await step(loop.worker())
     await loop.compare(40)
+    left = loop.runs()[0].path / "work-1" / "policy"
+    left.mkdir(parents=True)  # by a worker that was killed while it tidied up
     outcome = await step(loop.worker())
     assert (outcome.status, outcome.reward_model, outcome.policy) == ("passed", 2, 3)
+    assert not left.exists()
     refitted = loop.registry.get(VersionKind.REWARD_MODEL, 2).manifest
     assert refitted.parent == 1
     training = [run.path / "reward_model.json" for run in loop.runs()]

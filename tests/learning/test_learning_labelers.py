@@ -10,7 +10,8 @@ from feedback.records import Candidate, Comparison, Prompt
 from feedback.store import LogEntry
 from train import reward_model
 from train.batches import RankedPrompt
-from train.datasets import Dataset, Encoder, build
+from train.datasets import Dataset, build
+from train.encoding import Encoder
 from train.models import load_tokenizer
 from train.settings import RewardModelSettings, WorkerSettings
 

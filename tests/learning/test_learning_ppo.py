@@ -99,7 +99,7 @@ def test_a_larger_kl_coefficient_keeps_the_policy_closer(
         arguments = (policy_dir, policy_dir, reward_model_dir, PROMPTS, tmp_path / f"out-{kl_coef}")
         metrics = ppo.run(settings, *arguments, pretraining=stream(), resume_dir=None, seed=0)
         distance[kl_coef] = metrics["kl_to_reference"]
-    assert distance[1.0] < 0.25 * distance[0.0]
+    assert distance[1.0] < 0.5 * distance[0.0]
 
 
 SCRIPT = """

@@ -32,13 +32,13 @@ from deploy.settings import DeploySettings
 from deploy.up import LocalLoop, running
 from deploy.verdict import Verdict
 from deploy.versions import VersionKind
+from feedback.controls import in_force
 from feedback.errors import FeedbackError
 from feedback.records import Comparison
 from feedback.settings import FeedbackSettings, LoopSettings
 from feedback.store import FeedbackStore
 from train import report
 from train.errors import TrainError
-from train.ppo import HISTORY_FILE
 from train.tinyworld import evaluation, labelers, tasks
 from train.tinyworld.crowd import Crowd
 from train.tinyworld.study import SETTINGS_FILE
@@ -82,6 +82,7 @@ class Outcome:
     requests_total: int = 0
     requests_failed: int = 0
     minutes: float = 0.0
+    report: str = ""
 
     @property
     def passed(self) -> bool:
@@ -111,10 +112,13 @@ class Demo:
             await self._canary()
             await self._promote_roll_back_and_promote_again()
             await self._measure()
-        self.outcome.comparisons = await self._stored_comparisons()
+        stored = await self._stored_comparisons()
+        self.outcome.comparisons = len(stored)
         self.outcome.requests_total = self._crowd.tally.requests
         self.outcome.requests_failed = self._crowd.tally.failed
         self.outcome.minutes = (time.monotonic() - began) / 60
+        judged = in_force(stored).ordinary
+        self.outcome.report = str(report.write(self._registry, 2, self._local.state / "runs", comparisons=judged))
         return self.outcome
 
     def _first_policy(self) -> None:
@@ -212,16 +216,16 @@ class Demo:
         await self._crowd.answered_by(version)
         return time.monotonic() - began
 
-    async def _stored_comparisons(self) -> int:
-        """How many comparisons the log holds. Raises DemoFailed where one that was acknowledged is not among them."""
+    async def _stored_comparisons(self) -> list[Comparison]:
+        """The log's comparisons. Raises DemoFailed where one that was acknowledged is not among them."""
         store = FeedbackStore.connect(self._local.redis_url, FeedbackSettings.load())
         try:
-            stored = {entry.record.id async for entry in store.scan() if isinstance(entry.record, Comparison)}
+            stored = [entry.record async for entry in store.scan() if isinstance(entry.record, Comparison)]
         finally:
             await store.close()
-        if lost := self._crowd.acknowledged - stored:
+        if lost := self._crowd.acknowledged - {record.id for record in stored}:
             raise DemoFailed(f"{len(lost)} acknowledged comparisons are not in the log")
-        return len(stored)
+        return stored
 
     async def _verdict(self) -> Verdict:
         store = FeedbackStore.connect(self._local.redis_url, FeedbackSettings.load())
@@ -302,16 +306,14 @@ def title(outcome: Outcome) -> str:
 
 
 def show(outcome: Outcome, state: Path, console: Console) -> None:
-    """Write ``summary.json`` and ``report.png``, and print the table."""
+    """Write ``summary.json``, and print the table."""
     (state / "summary.json").write_text(json.dumps(vars(outcome), indent=1))
-    histories = {run.parent.name: report.read_history(run) for run in state.glob(f"runs/*/{HISTORY_FILE}")}
     header = ("", "version 1", "version 2")
-    report.draw(state / "report.png", title(outcome), histories, report.Table(header, rows(outcome)))
     shown = Table(*header, title=title(outcome))
     for row in rows(outcome):
         shown.add_row(*row)
     console.print(shown)
-    console.print(f"written: {state / 'summary.json'}, {state / 'report.png'}")
+    console.print(f"written: {state / 'summary.json'}, {outcome.report}")
 
 
 def demo(

@@ -4,7 +4,6 @@ A sample set is one completion of each of the N tasks. Win rates compare all pai
 single set each, a policy against itself strays ±.016 from one half.
 """
 
-import math
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from statistics import fmean
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from train.intervals import mean_over_clusters
 from train.sampling import sample_episodes
 from train.tinyworld import gold, tasks
 from train.tinyworld.tasks import Capital, Task
@@ -103,18 +103,14 @@ def sample(
 def win_rate(asked: Sequence[Task], ours: Sequence[SampleSet], theirs: Sequence[SampleSet]) -> WinRate:
     """Win rate of the sample sets ``ours`` over ``theirs``, all pairs.
 
-    The 95 % interval treats all draws of one prompt as one cluster: the variance is the sum over distinct prompts
-    of the squared sum of deviations, over N² (Liang & Zeger 1986, without a small-sample correction).
+    The 95 % interval is over prompts: all draws of one are resampled together.
     """
     wins = _wins(_utilities(asked, ours), _utilities(asked, theirs))
-    mean = fmean(wins)
-    clusters: defaultdict[str, float] = defaultdict(float)
     kinds: defaultdict[str, list[float]] = defaultdict(list)
     for task, win in zip(asked, wins, strict=True):
-        clusters[task.instruction] += win - mean
         kinds[task.name].append(win)
-    half = 1.96 * math.sqrt(sum(deviation**2 for deviation in clusters.values())) / len(wins)
-    return WinRate(mean, mean - half, mean + half, {name: fmean(values) for name, values in sorted(kinds.items())})
+    rate = mean_over_clusters(wins, [task.instruction for task in asked])
+    return WinRate(rate.value, rate.low, rate.high, {name: fmean(values) for name, values in sorted(kinds.items())})
 
 
 def quality(asked: Sequence[Task], sets: Sequence[SampleSet]) -> dict[str, float]:

@@ -9,20 +9,11 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from feedback.labelers import PRIOR_WEIGHT
 from feedback.records import Candidate, Comparison, Demonstration, PooledPrompt, Prompt
+from feedback.removal import position
 from feedback.store import LogEntry
 from train.batches import RankedPrompt
-from train.datasets import (
-    Dataset,
-    Encoder,
-    Judged,
-    Unencodable,
-    build,
-    capped,
-    position,
-    ppo_prompts,
-    split,
-    with_replay,
-)
+from train.datasets import Asked, Dataset, Judged, build, capped, ppo_prompts, split, with_replay
+from train.encoding import Encoder, Unencodable
 from train.errors import DatasetUnusable
 from train.settings import WorkerSettings
 
@@ -77,7 +68,7 @@ def log(*records: Comparison | Demonstration) -> list[LogEntry]:
 
 
 def judged(stream_id: str, group: str = "g", principal: str = "ann") -> Judged:
-    return Judged(stream_id, principal, RankedPrompt((2,), ((3,), (4,)), ((0, 1),), group=group))
+    return Judged(stream_id, (principal,), RankedPrompt((2,), ((3,), (4,)), ((0, 1),), group=group))
 
 
 # --- encoding
@@ -219,7 +210,9 @@ def test_controls_measure_labelers_and_are_not_learnt_from() -> None:
     assert (dataset.counts["golden"], dataset.counts["superseded"]) == (60, 0)
     found = weights_of(dataset)
     assert min(found["L-0"]) > PRIOR_WEIGHT and found["L-1"] == {0.0}
-    assert not any("golden" in TOKENIZER.decode(list(ids)) for ids in (*dataset.prompts, *dataset.held_out_prompts))
+    prompts = [*dataset.prompt_ids, *dataset.held_out_prompt_ids]
+    assert not any("golden" in TOKENIZER.decode(list(prompt)) for prompt in prompts)
+    assert {one.prompt_ids for one in dataset.anchors_ranked} == {ids(f"golden {number}") for number in range(20)}
 
 
 # --- split
@@ -258,18 +251,19 @@ def test_a_refit_sees_everything_fresh_and_as_much_of_the_first_again() -> None:
     assert len(with_replay([*old[:5], *fresh], "99-0", seed=1)) == 35, "not more than there are"
 
 
-def test_stream_ids_order_as_numbers() -> None:
-    assert sorted(["10-2", "9-11", "10-10", "9-2"], key=position) == ["9-2", "9-11", "10-2", "10-10"]
-
-
 # --- prompts
+
+
+def asked_by(*prompts: tuple[str, tuple[int, ...]]) -> list[Asked]:
+    return [Asked((principal,), prompt_ids) for principal, prompt_ids in prompts]
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.tuples(st.integers(0, 9))), max_size=60), st.integers(1, 5))
 def test_ppo_prompts_are_distinct_and_bounded_where_principals_share(
     asked: list[tuple[str, tuple[int, ...]]], most: int
 ) -> None:
-    prompts = ppo_prompts(asked, most, distinct=True)
+    settings = SETTINGS.model_copy(update={"max_prompts_per_principal": most})
+    prompts = [one.prompt_ids for one in ppo_prompts(asked_by(*asked), settings)]
     assert len(prompts) == len(set(prompts))
     principals = {principal for principal, _ in asked}
     if len(principals) < 2:
@@ -280,9 +274,68 @@ def test_ppo_prompts_are_distinct_and_bounded_where_principals_share(
 
 
 def test_prompts_that_need_not_be_distinct_keep_the_mix_of_the_asking() -> None:
-    asked = [("ann", (1,)), ("ann", (2,)), ("ann", (1,)), ("ann", (3,))]
-    assert ppo_prompts(asked, 2, distinct=False) == ((1,), (2,), (1,), (3,))
-    assert ppo_prompts([*asked, ("bob", (1,))], 2, distinct=False) == ((1,), (3,), (1,))
+    asked = asked_by(("ann", (1,)), ("ann", (2,)), ("ann", (1,)), ("ann", (3,)))
+    settings = SETTINGS.model_copy(update={"max_prompts_per_principal": 2, "distinct_prompts": False})
+    assert [one.prompt_ids for one in ppo_prompts(asked, settings)] == [(1,), (2,), (1,), (3,)]
+    shared = ppo_prompts([*asked, *asked_by(("bob", (1,)))], settings)
+    assert [(one.principals, one.prompt_ids) for one in shared] == [
+        (("ann",), (1,)),
+        (("ann",), (3,)),
+        (("bob",), (1,)),
+    ]
+
+
+def test_a_template_that_is_filled_in_again_and_again_is_one_prompt() -> None:
+    compared = [comparison(f"q{i}") for i in range(40)]
+    texts = [*(f"write me a poem about my cat {i}" for i in range(9)), "write me a note"]
+    pool = [PooledPrompt(principal="ann", prompt=Prompt(text=text)) for text in texts]
+    settings = SETTINGS.model_copy(update={"shared_prefix_tokens": 16, "held_out_fraction": 0.2})
+    encoder = Encoder(TOKENIZER, "same", window=60, max_completion_tokens=10)
+
+    def stored(shared_prefix_tokens: int) -> int:
+        chosen = settings.model_copy(update={"shared_prefix_tokens": shared_prefix_tokens})
+        prompts = build(log(*compared), pool, encoder, chosen).prompt_ids
+        return sum(TOKENIZER.decode(list(prompt)).startswith("write me a poem") for prompt in prompts)
+
+    assert (stored(16), stored(64)) == (1, stored(0))
+    assert stored(0) > 4, "all but those held out"
+
+
+def test_the_task_of_a_prompt_is_what_its_metadata_says() -> None:
+    def of_task(number: int) -> Comparison:
+        named = comparison(f"q{number}")
+        return named.model_copy(update={"metadata": {"task": f"t{number % 3}"}}) if number % 4 else named
+
+    dataset = build(log(*map(of_task, range(40))), [], ENCODER, SETTINGS)
+    for asked in (*dataset.prompts, *dataset.held_out_prompts):
+        number = int(TOKENIZER.decode(list(asked.prompt_ids))[1:])
+        assert asked.task == (f"t{number % 3}" if number % 4 else "")
+    assert set(dataset.prompt_tasks or ()) == {"t0", "t1", "t2", "other"}
+    assert build(log(*(comparison(f"q{i}") for i in range(40))), [], ENCODER, SETTINGS).prompt_tasks is None
+
+
+def test_a_record_remembers_whose_erasure_takes_it_along() -> None:
+    theirs = [
+        comparison(f"q{i}", principal="ann").model_copy(update={"prompt": Prompt(text=f"q{i}", asked_by="bob")})
+        for i in range(40)
+    ]
+    dataset = build(log(*theirs), [], ENCODER, SETTINGS)
+    judged, asked = (*dataset.training, *dataset.held_out), (*dataset.prompts, *dataset.held_out_prompts)
+    assert {one.principals for one in judged} == {one.principals for one in asked} == {("ann", "bob")}
+
+
+def test_prompts_with_personal_data_are_measured_on_but_not_trained_on() -> None:
+    compared = [comparison(f"mail q{i}@a.example" if i % 2 else f"q{i}") for i in range(80)]
+    pool = [PooledPrompt(principal="ann", prompt=Prompt(text=f"call (415) 555-01{i}")) for i in range(10, 40)]
+    dataset = build(log(*compared), pool, ENCODER, SETTINGS)
+    trained_on = [*dataset.prompt_ids, *(one.ranked.prompt_ids for one in dataset.training)]
+    texts = {TOKENIZER.decode(list(prompt)) for prompt in trained_on}
+    assert not any("@" in text or "call" in text for text in texts) and len(texts) > 20
+    assert any("@" in TOKENIZER.decode(list(prompt)) for prompt in dataset.held_out_prompt_ids)
+    mailed = 40 - sum("@" in TOKENIZER.decode(list(prompt)) for prompt in dataset.held_out_prompt_ids)
+    assert dataset.counts["personal_data"] > mailed
+    kept = build(log(*compared), pool, ENCODER, SETTINGS.model_copy(update={"leave_out_personal_data": False}))
+    assert "personal_data" not in kept.counts and len(kept.training) == len(dataset.training) + mailed
 
 
 # --- the whole
@@ -303,8 +356,8 @@ def test_a_dataset_of_a_mixed_log() -> None:
 
     assert dataset.counts["superseded"] == 1
     assert dataset.counts["unencodable"] == 1
-    assert set(dataset.demonstrations) == {(ids("show"), (*ids("so"), EOS)), (ids("fix"), (*ids("so"), EOS))}
-    everything = [*(one.ranked for one in dataset.training), *dataset.held_out]
+    assert set(dataset.demonstrated) == {(ids("show"), (*ids("so"), EOS)), (ids("fix"), (*ids("so"), EOS))}
+    everything = [one.ranked for one in (*dataset.training, *dataset.held_out)]
     by_prompt = {ranked.prompt_ids: ranked for ranked in everything}
     assert len(everything) == 42
     assert by_prompt[ids("q7")].pairs == ((0, 1), (0, 2), (1, 2))
@@ -313,10 +366,11 @@ def test_a_dataset_of_a_mixed_log() -> None:
     assert by_prompt[ids("fix")].completions == ((*ids("so"), EOS), (*ids("wrong"), EOS))
     assert by_prompt[ids("fix")].pairs == ((0, 1),)
 
-    assert set(dataset.prompts).isdisjoint(dataset.held_out_prompts)
-    assert {ranked.prompt_ids for ranked in dataset.held_out} == set(dataset.held_out_prompts)
-    assert any(prompt in dataset.prompts for prompt in map(ids, (f"pool {i}" for i in range(20))))
-    assert ids("y" * 35) not in dataset.prompts, "it fits the window, but leaves no room to complete it"
+    prompts, held_out = dataset.prompt_ids, dataset.held_out_prompt_ids
+    assert set(prompts).isdisjoint(held_out)
+    assert {ranked.prompt_ids for ranked in dataset.held_out_ranked} == set(held_out)
+    assert any(prompt in prompts for prompt in map(ids, (f"pool {i}" for i in range(20))))
+    assert ids("y" * 35) not in prompts, "it fits the window, but leaves no room to complete it"
     assert [position(one.stream_id) for one in dataset.training] == sorted(
         position(one.stream_id) for one in dataset.training
     )
@@ -326,7 +380,7 @@ def test_of_many_stored_prompts_the_newest_are_sampled_from() -> None:
     compared = [comparison(f"q{i}", principal="ann") for i in range(40)]
     pool = [PooledPrompt(principal="bob", prompt=Prompt(text=f"pool {i}")) for i in range(40)]  # the newest first
     few = SETTINGS.model_copy(update={"max_prompts_per_principal": 5})
-    prompts = build(log(*compared), pool, ENCODER, few).prompts
+    prompts = build(log(*compared), pool, ENCODER, few).prompt_ids
     of_bob = [i for i in range(40) if ids(f"pool {i}") in prompts]
     assert len(of_bob) == 5 and max(of_bob) < 12, "but for those held out, the first five"
 

@@ -39,3 +39,18 @@ def test_completions_that_are_all_the_same_leave_nothing_to_prefer(tmp_path: Pat
     cold = SETTINGS.model_copy(update={"temperature": 1e-3})
     found = informativeness.run(cold, policy, reward_model(policy, tmp_path / "a", 1e-3), PROMPTS, seed=0)
     assert found == [0, 0, 0, 0]
+
+
+def test_an_ensemble_is_asked_where_its_heads_disagree(tmp_path: Path) -> None:
+    policy = saved_policy(tmp_path / "policy")
+    model = scalar_model_from(tiny_policy(), torch.Generator().manual_seed(0), heads=3)
+    save_reward_model(model, load_tokenizer(policy), tmp_path / "differing")
+    with torch.no_grad():
+        model.head.weight.copy_(model.head.weight[[0]].expand(3, -1))
+        model.head.bias.copy_(torch.tensor([-5.0, 0.0, 5.0]))
+    save_reward_model(model, load_tokenizer(policy), tmp_path / "agreeing")
+    differing, agreeing = (
+        informativeness.run(SETTINGS, policy, tmp_path / name, PROMPTS, seed=0) for name in ("differing", "agreeing")
+    )
+    assert min(differing) > 0.1
+    assert agreeing == pytest.approx([0, 0, 0, 0], abs=1e-5), "what is added to all completions prefers none"

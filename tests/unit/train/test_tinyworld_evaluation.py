@@ -1,4 +1,3 @@
-import math
 import random
 
 import pytest
@@ -21,14 +20,12 @@ def test_win_rate_counts_all_pairs_and_half_of_a_tie() -> None:
 
 
 def test_the_interval_takes_draws_of_one_prompt_as_one() -> None:
-    # Wins 1, 1 on one prompt and 0, 0.5 on the other; mean 5/8.
-    # As clusters: deviations 2 · 3/8 = 3/4 and −5/8 − 1/8 = −3/4; variance 2 · (3/4)² / 4² .
+    # Wins 1, 1 on one prompt and 0, 0.5 on the other; mean 5/8. Two prompts drawn with replacement are the first one
+    # twice, or the second one twice, a quarter of the time each: means 1 and 1/4.
     asked = [REPEAT, REPEAT, INSULT, INSULT]
     rate = evaluation.win_rate(asked, [[RIGHT, RIGHT, RUDE, KIND]], [[WRONG, WRONG, KIND, KIND]])
     assert rate.mean == 0.625
-    half = 1.96 * math.sqrt(2 * (3 / 4) ** 2) / 4
-    assert rate.low == pytest.approx(0.625 - half)
-    assert rate.high == pytest.approx(0.625 + half)
+    assert (rate.low, rate.high) == (0.25, 1.0)
     assert rate.by_task == {"insult": 0.25, "repeat": 1.0}
 
 
@@ -38,13 +35,13 @@ def test_the_interval_is_as_wide_as_a_simulation_says() -> None:
     asked = list({task.instruction: task for task in (tasks.draw(rng, test=True) for _ in range(120))}.values())
     best, worst = [Sample(writers.ideal(task), True) for task in asked], [Sample("", False)] * len(asked)
     covered = 0
-    for _ in range(400):
+    for _ in range(250):
         heads = [rng.random() < 0.5 for _ in asked]
         ours = [b if head else w for head, b, w in zip(heads, best, worst, strict=True)]
         theirs = [w if head else b for head, b, w in zip(heads, best, worst, strict=True)]
         rate = evaluation.win_rate(asked, [ours], [theirs])
         covered += rate.low <= 0.5 <= rate.high
-    assert 0.91 < covered / 400 < 0.985
+    assert 0.91 < covered / 250 < 0.985
 
 
 def test_quality_counts_each_rate_over_its_own_questions() -> None:

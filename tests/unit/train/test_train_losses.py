@@ -23,15 +23,73 @@ def test_token_logprobs_and_entropy_agree_with_torch_distributions() -> None:
 
 def test_ranking_loss_averages_over_a_prompts_pairs_and_then_over_prompts() -> None:
     # Prompt 0 has one pair with difference 1, prompt 1 three with differences 0, 0 and 2.
-    scores = torch.tensor([1.0, 0.0, 5.0, 5.0, 3.0])
+    scores = torch.tensor([[1.0], [0.0], [5.0], [5.0], [3.0]])
     chosen, rejected = torch.tensor([0, 2, 3, 2]), torch.tensor([1, 3, 2, 4])
     prompt = torch.tensor([0, 1, 1, 1])
     first = 0.3132617  # -log sigmoid(1)
     second = (0.6931472 + 0.6931472 + 0.1269280) / 3  # -log sigmoid of 0, 0, 2
-    even = losses.ranking_loss(scores, chosen, rejected, prompt, torch.tensor([1.0, 1.0]))
-    weighted = losses.ranking_loss(scores, chosen, rejected, prompt, torch.tensor([1.5, 0.5]))
+    even = losses.ranking_loss(scores, chosen, rejected, prompt, torch.tensor([[1.0], [1.0]]))
+    weighted = losses.ranking_loss(scores, chosen, rejected, prompt, torch.tensor([[1.5], [0.5]]))
     assert even.item() == pytest.approx((first + second) / 2, abs=1e-6)
     assert weighted.item() == pytest.approx((1.5 * first + 0.5 * second) / 2, abs=1e-6)
+
+
+def test_a_margin_is_taken_off_the_lead() -> None:
+    # Leads of 1 and 2 with margins of 0 and 2: -log sigmoid of 1 and of 0.
+    scores = torch.tensor([[2.0], [1.0], [0.0]])
+    pair = (torch.tensor([0, 0]), torch.tensor([1, 2]), torch.tensor([0, 0]), torch.ones(1, 1))
+    found = losses.ranking_loss(scores, *pair, torch.tensor([0.0, 2.0]))
+    assert found.item() == pytest.approx((0.3132617 + 0.6931472) / 2, abs=1e-6)
+
+
+def test_each_head_of_an_ensemble_learns_from_its_own_weights_only() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(5, 3, generator=generator, requires_grad=True)
+    chosen, rejected, prompt = torch.tensor([0, 2, 3]), torch.tensor([1, 3, 4]), torch.tensor([0, 1, 1])
+    weight = torch.tensor([[1.0, 2.0, 0.0], [1.0, 0.0, 3.0]])
+    loss = losses.ranking_loss(scores, chosen, rejected, prompt, weight)
+    (gradient,) = torch.autograd.grad(loss, scores)
+    alone = [
+        losses.ranking_loss(scores[:, [head]], chosen, rejected, prompt, weight[:, [head]]).item() for head in range(3)
+    ]
+    assert loss.item() == pytest.approx(sum(alone) / 3, abs=1e-6)
+    assert gradient[2:, 1].eq(0).all(), "head 1 gives prompt 1 no weight"
+    assert gradient[:2, 2].eq(0).all(), "head 2 gives prompt 0 no weight"
+    assert gradient[:2, 1].ne(0).all()
+
+
+def test_calibration_error_by_hand() -> None:
+    # σ(ln 3) = 0.75 and σ(ln 9) = 0.9. Two bins split at 0.75: the first holds an even score (confidence ½, half
+    # right), the second 0.75 right, 0.75 wrong and 0.9 right: |½ − ½| + |(1 − .75) + (0 − .75) + (1 − .9)| = 0.4, over
+    # 4 pairs.
+    lead = torch.tensor([0.0, math.log(3) + 1e-6, -math.log(3) - 1e-6, math.log(9)])
+    assert losses.expected_calibration_error(lead, bins=2).item() == pytest.approx(0.1, abs=1e-5)
+    # Ten bins tell 0.75 and 0.9 apart: (|1.0 − 1.5| + |1 − .9|) / 4.
+    assert losses.expected_calibration_error(lead).item() == pytest.approx(0.15, abs=1e-5)
+    certain = torch.tensor([1e4, -1e4])
+    assert losses.expected_calibration_error(certain[:1]).item() == 0
+    assert losses.expected_calibration_error(certain[1:]).item() == 1
+
+
+def test_who_prefers_as_often_as_predicted_is_calibrated() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lead = 2 * torch.randn(40_000, generator=generator).abs()
+    agreed = torch.rand(len(lead), generator=generator) < lead.sigmoid()
+    signed = torch.where(agreed, lead, -lead)
+    assert losses.expected_calibration_error(signed).item() < 0.01
+    assert losses.expected_calibration_error(3 * signed).item() > 0.08, "too sure"
+    assert losses.expected_calibration_error(signed / 3).item() > 0.08, "too modest"
+
+
+def test_disagreement_by_hand() -> None:
+    # Heads say 0, 0, 0 and 1, 2, 6 of two completions: the SD of 1, 2, 6 is √7. The third prompt's heads differ only in
+    # what they add to both, so they agree; the second prompt's completions are the same.
+    scores = torch.tensor(
+        [[[0.0, 0.0, 0.0], [1.0, 2.0, 6.0]], [[0.0, 0.0, 0.0], [1.0, 2.0, 6.0]], [[0.0, 5.0, -3.0], [1.0, 6.0, -2.0]]]
+    )
+    differs = ~torch.eye(2, dtype=torch.bool).repeat(3, 1, 1)
+    differs[1] = False
+    assert losses.disagreement(scores, differs).tolist() == pytest.approx([math.sqrt(7), 0, 0], abs=1e-6)
 
 
 def test_preference_entropy_by_hand() -> None:
@@ -45,11 +103,11 @@ def test_preference_entropy_by_hand() -> None:
 
 
 def test_ranking_loss_pulls_the_chosen_up_and_the_rejected_down_and_knows_differences_only() -> None:
-    scores = torch.tensor([0.0, 1.0], requires_grad=True)
-    pair = (torch.tensor([0]), torch.tensor([1]), torch.tensor([0]), torch.ones(1))
+    scores = torch.tensor([[0.0], [1.0]], requires_grad=True)
+    pair = (torch.tensor([0]), torch.tensor([1]), torch.tensor([0]), torch.ones(1, 1))
     loss = losses.ranking_loss(scores, *pair)
     (gradient,) = torch.autograd.grad(loss, scores)
-    assert gradient.tolist() == pytest.approx([-0.7310586, 0.7310586])  # sigmoid(1): the model is wrong by 1
+    assert gradient.flatten().tolist() == pytest.approx([-0.7310586, 0.7310586])  # sigmoid(1): the model is wrong by 1
     assert losses.ranking_loss(scores + 10, *pair).item() == pytest.approx(loss.item(), abs=1e-6)
 
 

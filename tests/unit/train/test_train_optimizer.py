@@ -1,5 +1,6 @@
 """The schedule by hand, and an update that clips, clears and refuses what is not finite."""
 
+import copy
 import math
 
 import pytest
@@ -37,6 +38,41 @@ def test_only_matrices_decay() -> None:
     optimizer.step()
     assert model.weight.detach().flatten().tolist() == pytest.approx([0.95] * 4)  # 1 − lr · decay
     assert model.bias.tolist() == [1.0, 1.0]
+
+
+def test_three_steps_by_hand() -> None:
+    # Gradients 1, 2, 4 at rate 0.1, in plain floats from Loshchilov & Hutter 2019, algorithm 2.
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 1.0)
+    optimizer = adamw(model, 0.1, weight_decay=0.5, epsilon=1e-5)
+    weight, mean, square = 1.0, 0.0, 0.0
+    for step, gradient in enumerate((1.0, 2.0, 4.0), start=1):
+        model.weight.grad = torch.tensor([[gradient]])
+        optimizer.step()
+        mean, square = 0.9 * mean + 0.1 * gradient, 0.95 * square + 0.05 * gradient**2
+        weight -= 0.1 * 0.5 * weight
+        weight -= 0.1 * mean / (1 - 0.9**step) / (math.sqrt(square / (1 - 0.95**step)) + 1e-5)
+        assert model.weight.item() == pytest.approx(weight, abs=1e-6)
+
+
+def test_an_optimizer_saved_and_restored_goes_on_bit_for_bit() -> None:
+    gradients = torch.randn(6, 3, 5, generator=torch.Generator().manual_seed(0))
+
+    def stepped(model: nn.Linear, optimizer: torch.optim.AdamW, times: range) -> None:
+        for time in times:
+            model.weight.grad = gradients[time].clone()
+            optimizer.step()
+
+    torch.manual_seed(0)
+    whole, resumed = nn.Linear(5, 3, bias=False), nn.Linear(5, 3, bias=False)
+    optimizer = adamw(whole, 0.1)
+    stepped(whole, optimizer, range(3))
+    resumed.load_state_dict(whole.state_dict())
+    restored = adamw(resumed, 0.1)
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    stepped(whole, optimizer, range(3, 6))
+    stepped(resumed, restored, range(3, 6))
+    assert resumed.weight.equal(whole.weight)
 
 
 def test_an_update_clips_to_the_norm_sets_the_rate_and_clears_the_gradients() -> None:

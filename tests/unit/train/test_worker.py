@@ -3,9 +3,11 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 
+from train.run_progress import RunProgress
 from train.settings import WorkerSettings
-from train.worker import RunProgress, is_due
+from train.worker import failure, is_due
 
 SETTINGS = WorkerSettings(min_new_comparisons=100, interval_seconds=3600)
 
@@ -18,20 +20,11 @@ def test_a_round_is_due_by_count_or_by_time_but_never_for_nothing(comparisons: i
     assert is_due(comparisons, seconds, SETTINGS) is due
 
 
-def test_progress_is_shown_logged_and_stopped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    class Enough(Exception):
-        pass
-
-    told: list[bool] = []
-
-    def check() -> None:
-        if told:
-            raise Enough
-
+def test_progress_is_shown_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = tmp_path / "round-5-1"
     run.mkdir()
     with caplog.at_level(logging.INFO):
-        progress = RunProgress(run, check)
+        progress = RunProgress(run)
         progress("ppo", 1, 4, {"score": 0.5, "unspoken": 1.0})
         shown = json.loads((run / "progress.json").read_bytes())
         assert (shown["run"], shown["stage"], shown["done"], shown["total"]) == ("round-5-1", "ppo", 1, 4)
@@ -41,6 +34,14 @@ def test_progress_is_shown_logged_and_stopped(tmp_path: Path, caplog: pytest.Log
     assert json.loads((run / "progress.json").read_bytes())["done"] == 4
     assert "ppo 4/4 score 0.7" in caplog.text
     assert "unspoken" not in caplog.text
-    told.append(True)
-    with pytest.raises(Enough):
-        progress("ppo", 4, 4, {})
+
+
+def test_memory_that_ran_out_is_called_that() -> None:
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(1 << 60)
+    assert failure(refused.value).startswith("out of memory: ")
+    assert failure(MemoryError()) == "out of memory: MemoryError"
+    assert failure(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")).startswith("out of memory: CUDA")
+    assert (
+        failure(RuntimeError("CUDA error: an illegal access\nstack")) == "RuntimeError: CUDA error: an illegal access"
+    )

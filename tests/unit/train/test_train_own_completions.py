@@ -1,0 +1,31 @@
+"""Comparisons among one version's own completions."""
+
+from tiny_policies import EOS, tokenizer
+
+from feedback.records import Candidate, Comparison, Prompt
+from train.encoding import Encoder
+from train.own_completions import comparisons_among
+
+
+def compared(*candidates: tuple[tuple[int, ...], int], ranking: tuple[tuple[int, ...], ...]) -> Comparison:
+    return Comparison(
+        id="cmp_1",
+        created=1.0,
+        principal="alice",
+        labeler="L",
+        prompt=Prompt(text="w2 w3", token_ids=(2, 3), tokenizer="digest"),
+        source="choices",
+        candidates=tuple(Candidate(text="", token_ids=ids, policy_version=version) for ids, version in candidates),
+        ranking=ranking,
+    )
+
+
+def test_only_the_versions_own_completions_and_their_order_are_kept() -> None:
+    mixed = compared(((4,), 7), ((5,), 6), ((6,), 7), ((7,), 7), ranking=((3,), (1,), (0, 2)))
+    alone = compared(((4,), 7), ((5,), 6), ranking=((0,), (1,)))
+    too_long = compared(((4,) * 40, 7), ((5,), 7), ranking=((0,), (1,)))
+    (found,) = comparisons_among([mixed, alone, too_long], 7, Encoder(tokenizer(), "digest", 30, 6))
+    assert found.prompt_ids == (2, 3)
+    assert found.completions == ((4, EOS), (6, EOS), (7, EOS))
+    assert sorted(found.pairs) == [(2, 0), (2, 1)]
+    assert (found.labeler, found.group) == ("L", mixed.prompt.key())
