@@ -15,6 +15,7 @@ from deploy import operations, version_commands
 from deploy import release as transitions
 from deploy.command_line import AsJson, DryRun, Loop, Reason, Stores, operator, print_json, refusing, with_stores
 from deploy.errors import StaleGeneration
+from deploy.evidence import HISTORY
 from deploy.operations import Transition
 from deploy.release import Release
 from deploy.settings import DeploySettings
@@ -54,7 +55,8 @@ def status(context: typer.Context, as_json: AsJson = False) -> None:
 
     async def look(stores: Stores) -> dict[str, Any]:
         release = await stores.releases.read()
-        verdict = await operations.current_verdict(stores.feedback, release, context.obj.settings.verdict)
+        history = await stores.releases.history(HISTORY)
+        verdict = await operations.current_verdict(stores.feedback, release, context.obj.settings.verdict, history)
         replicas = await stores.releases.replicas()
         return {
             "release": release.model_dump(),
@@ -108,7 +110,8 @@ def promote(
 
     async def act(stores: Stores) -> Release:
         release = await stores.releases.read()
-        verdict = await operations.current_verdict(stores.feedback, release, context.obj.settings.verdict)
+        history = await stores.releases.history(HISTORY)
+        verdict = await operations.current_verdict(stores.feedback, release, context.obj.settings.verdict, history)
         transition = operations.promote_canary(verdict, override)
         judged = release.generation if expect is None else expect  # the verdict holds for this release only
         why = operations.why(reason or (verdict.sentence() if release.canary else ""), override)

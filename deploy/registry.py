@@ -32,7 +32,8 @@ from deploy.release import Attempt, Release, ReplicaReport
 from deploy.signatures import UNSIGNED, Signatures
 from deploy.versions import Draft, FileDigest, Manifest, Version, VersionKind, code_version, package_versions
 
-_STATE, _LOG, _REPLICA = "rel:state", "rel:log", "rel:replica:"
+_STATE, _LOG = "rel:state", "rel:log"
+_REPLICA, _REPLICAS = "rel:replica:", "rel:replicas"
 _LEASE, _TOKEN = "train:lease", "train:token"
 _CHANNEL = "rel:changed"
 _LOGGER = logging.getLogger(__name__)
@@ -269,14 +270,18 @@ class ReleaseStore:
 
     async def report(self, replica: ReplicaReport, ttl_seconds: float = 15.0) -> None:
         """Say what a server has live; forgotten after ``ttl_seconds`` without another report."""
-        async with _translated():
-            await self._redis.set(_REPLICA + replica.replica, replica.model_dump_json(), px=int(ttl_seconds * 1000))
+        async with _translated(), self._redis.pipeline(transaction=True) as pipe:
+            pipe.set(_REPLICA + replica.replica, replica.model_dump_json(), px=int(ttl_seconds * 1000))
+            pipe.sadd(_REPLICAS, replica.replica)  # an index: searching all keys takes seconds in a long log
+            await pipe.execute()
 
     async def replicas(self) -> list[ReplicaReport]:
         """What the living servers report, by name."""
         async with _translated():
-            keys = sorted([key async for key in self._redis.scan_iter(match=f"{_REPLICA}*")])
-            bodies = await self._redis.mget(keys) if keys else []
+            names = sorted(map(str, await self._redis.smembers(_REPLICAS)))
+            bodies = await self._redis.mget([_REPLICA + name for name in names]) if names else []
+            if gone := [name for name, body in zip(names, bodies, strict=True) if body is None]:
+                await self._redis.srem(_REPLICAS, *gone)  # one that reports again is back with its next report
         return [ReplicaReport.model_validate_json(body) for body in bodies if body is not None]
 
     async def changed(self, timeout_seconds: float) -> None:

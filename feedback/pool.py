@@ -237,9 +237,11 @@ class PromptPool(RedisStore):
 
 
 def _asked(completion: StoredCompletion) -> list[Prompt]:
-    """What a completion's request asked, with who asked."""
+    """What a completion's request asked, with who asked, and what kind of task they said it was."""
+    task = completion.metadata.get("task")
     return [
-        prompt.model_copy(update={"asked_by": prompt.asked_by or completion.principal}) for prompt in completion.prompts
+        prompt.model_copy(update={"asked_by": prompt.asked_by or completion.principal, "task": prompt.task or task})
+        for prompt in completion.prompts
     ]
 
 

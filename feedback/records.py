@@ -37,6 +37,8 @@ class Prompt(_Frozen):
         None, description="the principal who asked it, where it was shown to another: their erasure takes it along"
     )
 
+    task: str | None = Field(None, description="its kind of task, as the metadata of whoever asked it said")
+
     @model_validator(mode="after")
     def _has_content(self) -> Self:
         if self.messages is not None and self.text is not None:

@@ -83,9 +83,9 @@ def create_app(
         gc.freeze()
         store = FeedbackStore.connect(redis_url, feedback_settings)
         releases = ReleaseStore.connect(redis_url, state)
-        recorder = Recorder(store, settings, metrics)
-        replica = f"{socket.gethostname()}:{os.getpid()}"
         arms = ArmCounter()
+        recorder = Recorder(store, settings, metrics, arms.lost)
+        replica = f"{socket.gethostname()}:{os.getpid()}"
 
         def sampled(part: Sampled) -> None:
             arms.sampled(part)
@@ -105,6 +105,7 @@ def create_app(
             store=store,
             registry=registry,
             releases=releases,
+            guard=guard,
             fleet=fleet,
             recorder=recorder,
             metrics=metrics,

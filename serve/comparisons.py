@@ -75,7 +75,7 @@ async def create_comparison(
         principal=principal,
         labeler=body.labeler or asked_of or principal,
         prompt=prompt,
-        metadata=body.metadata,
+        metadata=({"task": prompt.task} if prompt.task else {}) | body.metadata,
         source=source,
         task_id=body.task_id,
         candidates=candidates,

@@ -151,6 +151,8 @@ def _complete(operation: dict[str, Any], name: str) -> None:
         content = {"application/json": {"schema": {"$ref": _ref("Error")}}}
         responses.setdefault(str(status), {"description": _MEANINGS[status], "content": content})
     for status, response in responses.items():
+        if int(status) >= 400 and "application/json" not in response["content"]:  # of a route that answers otherwise
+            response["content"] = {"application/json": {"schema": {"$ref": _ref("Error")}}}
         names = ["x-request-id"]
         names += ["WWW-Authenticate"] if status == "401" else list(_RATES) if keyed else []
         names += ["Retry-After"] if status in ("429", "503") else []

@@ -20,7 +20,7 @@ _COLOURS = """<style>
 :root { --ink: #5b606b; --faint: #dad7cf; --rate: #a8500a; }
 @media (prefers-color-scheme: dark) { :root { --ink: #a6acb8; --faint: #343944; --rate: #f0b35e; } }
 </style>"""
-_INCHES = (4.6, 2.6)
+_INCHES = (4.0, 2.4)
 _POINTS = 9
 
 
@@ -42,8 +42,9 @@ def released_plot(rates: Sequence[WinRate]) -> bytes:
         axes.plot([place, place], [one.low, one.high], color=_RATE, linewidth=7, alpha=0.3, solid_capstyle="butt")
         if one.rate is not None:
             axes.plot([place], [one.rate], "o", color=_RATE, markersize=5)
-    axes.set_xticks(range(len(rates)), [f"{one.version}\nover {one.over}" for one in rates])
+    axes.set_xticks(range(len(rates)), [str(one.version) for one in rates])
     axes.set_xlim(-0.6, max(4.0, len(rates) - 0.4))
+    axes.set_xlabel("version", color=_INK, fontsize=_POINTS)
     return _svg(figure)
 
 

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -85,10 +86,17 @@ class Asked:
 class Recorder:
     """Joins what was asked with what was sampled, and keeps the result."""
 
-    def __init__(self, store: FeedbackStore, settings: ServeSettings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        store: FeedbackStore,
+        settings: ServeSettings,
+        metrics: Metrics,
+        on_lost: Callable[[int], None] = lambda version: None,
+    ) -> None:
         self._store = store
         self._settings = settings
         self._metrics = metrics
+        self._on_lost = on_lost
         self._asked: dict[str, Asked] = {}
         self._waiting: dict[str, StoredCompletion] = {}
         self._wake = asyncio.Event()
@@ -181,8 +189,9 @@ class Recorder:
 
     def _shed(self) -> None:
         while len(self._waiting) > self._settings.record_capacity:
-            self._waiting.pop(next(iter(self._waiting)))
+            lost = self._waiting.pop(next(iter(self._waiting)))
             self._metrics.unrecorded.inc()
+            self._on_lost(lost.policy_version)
 
 
 def _joined(asked: Asked) -> StoredCompletion:

@@ -143,7 +143,7 @@ async def rollback(
 
 
 async def _verdict(services: Services, release: Release) -> Verdict:
-    return await operations.current_verdict(services.store, release, services.deploy_settings.verdict)
+    return await services.guard.verdict(release)
 
 
 def _generation(if_match: str | None) -> int:

@@ -90,6 +90,7 @@ class WinRateList(BaseModel):
     """Of each version that took another's place and was compared with it, oldest first; last the canary's."""
 
     object: Literal["list"] = "list"
+    alpha: float = Field(description="chance that a bound is wrong at any look")
     data: list[WinRate]
 
 
@@ -134,7 +135,8 @@ async def get_release_versions(
 @router.get("/win-rates")
 async def get_win_rates(request: Request, services: ServicesDep, principal: OperatorPrincipal) -> WinRateList:
     """How often people prefer each released version, and the canary, to the one before."""
-    return WinRateList(data=await _win_rates(request, services, principal))
+    rates = await _win_rates(request, services, principal)
+    return WinRateList(alpha=services.deploy_settings.verdict.alpha, data=rates)
 
 
 @router.get("/plots/canary.svg", response_class=_Svg, responses=errors(404))

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from deploy.guard import Guard
 from deploy.registry import Registry, ReleaseStore
 from deploy.settings import DeploySettings
 from feedback.settings import FeedbackSettings
@@ -26,6 +27,7 @@ class Services:
     store: FeedbackStore
     registry: Registry
     releases: ReleaseStore
+    guard: Guard
     fleet: Fleet
     recorder: Recorder
     metrics: Metrics

@@ -24,6 +24,7 @@ from deploy import release as transitions
 from deploy.errors import DeployError
 from deploy.registry import Registry, ReleaseStore
 from deploy.settings import DeploySettings
+from deploy.signatures import Signatures
 from deploy.versions import Draft, Version, VersionKind
 from feedback.controls import in_force
 from feedback.embedded import connect_url
@@ -69,7 +70,7 @@ class _Loop:
 
     @property
     def registry(self) -> Registry:
-        return Registry(self.loop.state)
+        return Registry(self.loop.state, Signatures.of(DeploySettings.load().signing))
 
     def settings(self) -> TrainSettings:
         """The training settings; where none are given, the recipe of the world that the first policy comes from."""

@@ -154,6 +154,12 @@ def build(
     trust = _trust(found, counts) if settings.labeler_weights else None
     kept = capped(compared, settings.max_principal_share, settings.min_comparisons_for_cap)
     counts["over_cap"] = len(compared) - len(kept)
+    counts["largest_principal"] = max(Counter(record.principal for _, record in kept).values(), default=0)
+    counts["principal_allowance"] = allowance(
+        Counter(record.principal for _, record in compared),
+        settings.max_principal_share,
+        settings.min_comparisons_for_cap,
+    )
     judged = list(_encoded(kept, encoder, counts))
     demonstrations, corrections = _demonstrated(entries, encoder, counts)
     judged = sorted([*judged, *corrections], key=lambda one: position(one.stream_id))
@@ -201,24 +207,31 @@ def _trust(found: InForce, counts: Counter[str]) -> dict[str, float]:
 def capped(
     compared: Sequence[tuple[str, Comparison]], max_share: float, min_comparisons: int
 ) -> list[tuple[str, Comparison]]:
-    """At most ``max_share`` of the comparisons from any one principal, or an equal share where they are few.
+    """At most the ``allowance`` of comparisons from any one principal.
 
-    The allowance is raised as far as needed to keep ``min_comparisons``, so that a small log is used whole. What
-    is kept of a capped principal is chosen by the records' own random ids: of all times, and the same every round.
+    What is kept of a capped principal is chosen by the records' own random ids: of all times, and the same every round.
     """
     of_principal = Counter(record.principal for _, record in compared)
-    if len(compared) <= min_comparisons:
-        return list(compared)
-    allowance = max(1, int(max_share * len(compared)), math.ceil(len(compared) / len(of_principal)))
-    while sum(min(count, allowance) for count in of_principal.values()) < min_comparisons:
-        allowance += 1
-    left = Counter(dict.fromkeys(of_principal, allowance))
+    left = Counter(dict.fromkeys(of_principal, allowance(of_principal, max_share, min_comparisons)))
     kept: set[str] = set()
     for _, record in sorted(compared, key=lambda one: hashlib.sha256(one[1].id.encode()).digest()):
         if left[record.principal] > 0:
             left[record.principal] -= 1
             kept.add(record.id)
     return [(stream_id, record) for stream_id, record in compared if record.id in kept]
+
+
+def allowance(of_principal: Counter[str], max_share: float, min_comparisons: int) -> int:
+    """How many comparisons one principal may have: ``max_share`` of all, or an equal share where principals are few.
+
+    It is raised as far as needed to keep ``min_comparisons``, so that a small log is used whole.
+    """
+    if (total := of_principal.total()) <= min_comparisons:
+        return total
+    allowed = max(1, int(max_share * total), math.ceil(total / len(of_principal)))
+    while sum(min(count, allowed) for count in of_principal.values()) < min_comparisons:
+        allowed += 1
+    return allowed
 
 
 def split(judged: Sequence[Judged], held_out_fraction: float) -> tuple[list[Judged], list[Judged]]:
@@ -333,7 +346,13 @@ def _pooled(
         except Unencodable:
             counts["unencodable"] += 1
             continue
-        asked.append(Asked(tuple(dict.fromkeys((pooled.principal, pooled.prompt.asked_by or pooled.principal))), ids))
+        asked.append(
+            Asked(
+                tuple(dict.fromkeys((pooled.principal, pooled.prompt.asked_by or pooled.principal))),
+                ids,
+                pooled.prompt.task or "",
+            )
+        )
     return asked
 
 

@@ -16,6 +16,7 @@ from train.models import load_tokenizer
 from train.progress import Progress
 from train.settings import TrainSettings
 from train.text import training_text
+from train.world import world_of
 
 THREADS = "threads"
 """Beside the settings in a manifest: PyTorch's threads, whose number decides the order of sums."""
@@ -93,6 +94,7 @@ def improve(
     Raises:
         TrainError: as ``ppo.run``.
     """
+    tokenizer = load_tokenizer(parent.path)
     train = partial(
         ppo.run,
         settings.ppo,
@@ -105,12 +107,13 @@ def improve(
         seed=seed,
         tasks=dataset.prompt_tasks,
         progress=progress,
+        on_iteration=world_of(settings, tokenizer).of_iteration,
     )
     try:
-        return train(pretraining=training_text(settings, load_tokenizer(parent.path), seed))
+        return train(pretraining=training_text(settings, tokenizer, seed))
     except ResumePointUnusable as error:
         if resume_dir is None:
             raise
         _LOGGER.warning("PPO starts anew: %s", error)
         (resume_dir / ppo.RESUME_FILE).unlink()
-        return train(pretraining=training_text(settings, load_tokenizer(parent.path), seed))
+        return train(pretraining=training_text(settings, tokenizer, seed))

@@ -19,7 +19,7 @@ from deploy.gate import GateReport, policy_gate, reward_model_gate
 from deploy.registry import Registry
 from deploy.settings import GateSettings
 from deploy.versions import Draft, Version, VersionKind
-from train import evaluate, recipe
+from train import completed, evaluate, recipe, win_rate
 from train.errors import DatasetUnusable
 from train.frozen import Frozen
 from train.models import load_tokenizer
@@ -96,6 +96,8 @@ class Round:
         first = self._version(VersionKind.REWARD_MODEL, plan.first_reward_model)
         previous = self._version(VersionKind.REWARD_MODEL, plan.previous_reward_model)
         figures = self._stage("reward_model", lambda: self._fit(first, out))
+        counts = self._dataset.counts
+        figures |= {name: counts[name] for name in ("largest_principal", "principal_allowance") if name in counts}
         figures |= self._stage("evaluate_reward_model", lambda: self._measure_reward_model(out))
         compared: Figures = {}
         if previous is not None:
@@ -137,6 +139,10 @@ class Round:
         parent = self._stage(
             "evaluate_parent", lambda: self._measure("evaluate_parent", before, fitted, PARENT_COMPLETIONS)
         )
+        if not figures["nonfinite_weights"]:
+            figures |= win_rate.by_completions(
+                [completed.read(self._work / COMPLETIONS)], [completed.read(self._work / PARENT_COMPLETIONS)]
+            )
         gate = policy_gate(figures, parent, self._gate)
         if figures["nonfinite_weights"]:
             return gate

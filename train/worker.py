@@ -15,7 +15,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from deploy.errors import DeployError, LeaseLost, ReleaseUnavailable
 from deploy.operations import start_canary
 from deploy.registry import Registry
 from deploy.settings import DeploySettings
+from deploy.signatures import Signatures
 from deploy.versions import Draft, Version, VersionKind
 from feedback.errors import FeedbackError
 from feedback.records import PooledPrompt, name_digest
@@ -74,7 +75,7 @@ class Worker:
         self._stores = stores
         self._settings = settings
         self._deploy = deploy
-        self._registry = Registry(state)
+        self._registry = Registry(state, Signatures.of(deploy.signing))
         self._watch = LogWatch(stores.feedback)
         self._erasures = Erasures(state, self._watch)
         self._erased = threading.Event()
@@ -318,55 +319,61 @@ class Worker:
             raise Stopped("something in its dataset was erased")
         self._stores.lease.check_time()
 
-    @contextlib.asynccontextmanager
-    async def _watching(self, directory: RunDirectory) -> AsyncIterator[None]:
+    def _watching(self, directory: RunDirectory) -> contextlib.AbstractAsyncContextManager[None]:
         """Read the log on inside; where something is erased that the round trains on, ``_check`` ends the training."""
         self._erased.clear()
-        cursor = directory.plan.cursor
+        cursor, known = directory.plan.cursor, -1
 
-        async def watch() -> None:
-            known = -1
-            while not self._erased.is_set():
-                await asyncio.sleep(self._settings.worker.poll_seconds)
-                try:
-                    self.metrics.waiting.set(await self._watch.look(cursor))
-                    if len(self._watch.erased_after(cursor)) != known and directory.dataset.exists():
-                        known = len(self._watch.erased_after(cursor))
-                        if await asyncio.to_thread(self._erasures.concern, directory):
-                            self._erased.set()
-                except (FeedbackError, TrainError) as error:
-                    _LOGGER.warning("the log could not be watched for erasures: %s", error)
+        async def watch() -> bool:
+            nonlocal known
+            try:
+                self.metrics.waiting.set(await self._watch.look(cursor))
+                erased = len(self._watch.erased_after(cursor))
+                if erased != known and directory.dataset.exists():
+                    known = erased
+                    if await asyncio.to_thread(self._erasures.concern, directory):
+                        self._erased.set()
+            except (FeedbackError, TrainError) as error:
+                _LOGGER.warning("the log could not be watched for erasures: %s", error)
+            return not self._erased.is_set()
 
-        task = asyncio.create_task(watch())
-        try:
-            yield
-        finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        return meanwhile(watch, self._settings.worker.poll_seconds)
 
-    @contextlib.asynccontextmanager
-    async def _renewing(self) -> AsyncIterator[None]:
+    def _renewing(self) -> contextlib.AbstractAsyncContextManager[None]:
         """Keep the lease inside; where that fails for a whole term, ``_check`` ends the training."""
 
-        async def renew() -> None:
-            while True:
-                await asyncio.sleep(self._settings.worker.lease_seconds / 3)
-                try:
-                    await self._stores.lease.renew()
-                except ReleaseUnavailable as error:
-                    _LOGGER.warning("the training lease could not be renewed: %s", error)
-                except LeaseLost as error:
-                    _LOGGER.warning("%s", error)
-                    return
+        async def renew() -> bool:
+            try:
+                await self._stores.lease.renew()
+            except ReleaseUnavailable as error:
+                _LOGGER.warning("the training lease could not be renewed: %s", error)
+            except LeaseLost as error:
+                _LOGGER.warning("%s", error)
+                return False
+            return True
 
-        task = asyncio.create_task(renew())
-        try:
-            yield
-        finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        return meanwhile(renew, self._settings.worker.lease_seconds / 3)
+
+
+@contextlib.asynccontextmanager
+async def meanwhile(work: Callable[[], Awaitable[bool]], every_seconds: float) -> AsyncIterator[None]:
+    """Do ``work`` again and again inside, until it returns False. At the end it is waited for and not cancelled."""
+    ended = asyncio.Event()
+
+    async def repeat() -> None:
+        go_on = True
+        while go_on and not ended.is_set():
+            try:
+                await asyncio.wait_for(ended.wait(), every_seconds)
+            except TimeoutError:
+                go_on = await work()
+
+    task = asyncio.create_task(repeat())
+    try:
+        yield
+    finally:
+        ended.set()
+        await task
 
 
 def is_due(comparisons: int, seconds: float, settings: WorkerSettings) -> bool:

@@ -6,12 +6,12 @@
 import { announce } from "./announcer.js";
 import { Api, Refused, Unreachable } from "./api.js";
 import { byId, element } from "./element.js";
-import { count, percent, time } from "./figures.js";
+import { count, time } from "./figures.js";
 import { Confirm } from "./operator_confirm.js";
 import { Plot } from "./operator_plots.js";
 import { inSentence, movesOf, showMoves, showRelease } from "./operator_release.js";
 import { showGate, showLog, showServers, showVersions } from "./operator_tables.js";
-import { showVerdict } from "./operator_verdict.js";
+import { rateInWords, showVerdict } from "./operator_verdict.js";
 import { inWords } from "./problem.js";
 import { SignIn } from "./sign_in.js";
 
@@ -25,16 +25,14 @@ import { SignIn } from "./sign_in.js";
 const LOOK_SECONDS = 2;
 /** Win rates read the whole log, and plots are drawn: for a person to look at, this is often enough. */
 const WIN_RATE_SECONDS = 10;
+const CERTAIN = "where it surely is, however often one looks";
 
 /** Joins server and screen. */
 class OperatorPage {
   #api = new Api();
   #signIn = new SignIn((key) => this.#signedIn(key));
   #confirm = new Confirm(this.#api, {
-    onDone: (release) => {
-      announce(`Done. ${inSentence(release)}`);
-      this.#look();
-    },
+    onDone: () => this.#look(),
     onStale: () => this.#look(),
     onKeyNeeded: (refused) => this.#askForKey(refused),
   });
@@ -52,6 +50,7 @@ class OperatorPage {
   #versions = [];
   /** @type {WinRate[]} */
   #winRates = [];
+  #alpha = 0.05;
   #winRatesOf = -1;
   #winRatesAt = -Infinity;
   #answeredAt = 0;
@@ -120,7 +119,7 @@ class OperatorPage {
     this.#winRatesOf = release.generation;
     this.#winRatesAt = performance.now();
     try {
-      this.#winRates = (await this.#api.get("/v1/release/win-rates")).data;
+      ({ data: this.#winRates, alpha: this.#alpha } = await this.#api.get("/v1/release/win-rates"));
     } catch (error) {
       if (!(error instanceof Refused || error instanceof Unreachable)) throw error;
       return; // the next look tells what is wrong
@@ -128,12 +127,12 @@ class OperatorPage {
     this.#showVersions();
     const canary = this.#winRates.find(({ version }) => version === release.canary);
     if (release.canary === null || canary === undefined) this.#course.hide("There is no canary.");
-    else {
-      const told = `${rateOf(canary)} in ${count(canary.wins + canary.losses)} comparisons without a tie`;
-      this.#course.show(told, "Line: win rate. Area: where the preference surely is, however often one looks.");
-    }
+    else this.#course.show(canaryInWords(canary), `Line: win rate. Area: ${CERTAIN}.`);
     if (this.#winRates.length === 0) this.#released.hide("No released version was compared with the one before yet.");
-    else this.#released.show(this.#winRates.map(rateOf).join("; "), "Point: win rate. Bar: where the preference surely is.");
+    else {
+      const told = this.#winRates.map((one) => `${one.version} over ${one.over}: ${rateInWords(one)}`).join("; ");
+      this.#released.show(`Version ${told}.`, `Point: win rate. Bar: ${CERTAIN}.`);
+    }
   }
 
   /**
@@ -152,7 +151,7 @@ class OperatorPage {
 
   #showVersions() {
     this.#show("versions", [this.#versions, this.#winRates], () =>
-      showVersions(byId("versions"), this.#versions, this.#winRates),
+      showVersions(byId("versions"), this.#versions, this.#winRates, this.#alpha),
     );
   }
 
@@ -205,6 +204,7 @@ class OperatorPage {
 
   /** @param {Refused} refused */
   #askForKey(refused) {
+    this.#confirm.close();
     for (const part of ["board", "lost", "connection"]) byId(part).hidden = true;
     byId("sign-in").hidden = false;
     this.#signIn.ask(true, this.#hasKey || refused.status === 403 ? inWords(refused) : "");
@@ -219,10 +219,12 @@ class OperatorPage {
   }
 }
 
-/** @param {WinRate} rate */
-function rateOf({ version, over, rate, low, high }) {
-  const often = rate === null ? "not compared yet" : `preferred ${percent(rate)} of the time`;
-  return `Version ${version} over ${over}: ${often}, surely between ${percent(low)} and ${percent(high)}`;
+/** @param {WinRate} canary */
+function canaryInWords(canary) {
+  const { version, over, wins, losses } = canary;
+  if (wins + losses === 0) return `Version ${version} was not compared with version ${over} yet.`;
+  const seen = `in ${count(wins)} of ${count(wins + losses)} comparisons without a tie`;
+  return `Version ${version} was preferred to version ${over} ${seen}: ${rateInWords(canary)}.`;
 }
 
 new OperatorPage().start();

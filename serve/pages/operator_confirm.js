@@ -33,6 +33,7 @@ export class Confirm {
   #override = byId("confirm-override");
   #go = byId("confirm-go");
   #busy = false;
+  #opened = 0;
   /** @type {Verb} */
   #verb = "rollback";
   /** @type {Release | null} as it was when the dialog was opened */
@@ -43,7 +44,7 @@ export class Confirm {
   /**
    * @param {import("./api.js").Api} api
    * @param {object} listeners
-   * @param {(release: Release) => void} listeners.onDone
+   * @param {() => void} listeners.onDone
    * @param {() => void} listeners.onStale somebody else was quicker
    * @param {(refused: Refused) => void} listeners.onKeyNeeded
    */
@@ -52,7 +53,7 @@ export class Confirm {
     this.onDone = onDone;
     this.onStale = onStale;
     this.onKeyNeeded = onKeyNeeded;
-    byId("confirm-close").addEventListener("click", () => this.#dialog.close());
+    byId("confirm-close").addEventListener("click", () => this.close());
     byId("confirm-form").addEventListener("submit", (event) => {
       event.preventDefault();
       this.#send();
@@ -67,6 +68,8 @@ export class Confirm {
    * @param {readonly Version[]} versions for a canary, those that may become it
    */
   open(verb, release, versions) {
+    this.#opened += 1;
+    this.#setBusy(false);
     this.#verb = verb;
     this.#release = release;
     this.#versions = versions;
@@ -83,6 +86,17 @@ export class Confirm {
     this.#begin();
     this.#dialog.showModal();
     (verb === "canary" ? this.#version : this.#reason).focus();
+  }
+
+  /** What was sent goes on. */
+  close() {
+    this.#dialog.close();
+  }
+
+  /** @param {boolean} busy */
+  #setBusy(busy) {
+    this.#busy = busy;
+    this.#go.ariaDisabled = String(busy);
   }
 
   /** Start anew: what was refused was for another version, or long ago. */
@@ -146,18 +160,17 @@ export class Confirm {
     if (this.#busy) return;
     const release = /** @type {Release} */ (this.#release);
     const options = { ifMatch: String(release.generation), timeoutSeconds: PATIENCE_SECONDS };
-    this.#busy = true;
-    this.#go.ariaDisabled = "true";
+    const opened = this.#opened;
+    this.#setBusy(true);
     byId("confirm-problem").textContent = "";
     try {
-      const changed = await this.api.post(`/v1/release/${this.#verb}`, this.#body(), options);
-      this.#dialog.close();
-      this.onDone(changed);
+      await this.api.post(`/v1/release/${this.#verb}`, this.#body(), options);
+      if (opened === this.#opened) this.close();
+      this.onDone();
     } catch (error) {
-      this.#failed(error);
+      if (opened === this.#opened) this.#failed(error);
     } finally {
-      this.#busy = false;
-      this.#go.ariaDisabled = "false";
+      if (opened === this.#opened) this.#setBusy(false);
     }
   }
 
@@ -177,12 +190,12 @@ export class Confirm {
   /** @param {unknown} error */
   #failed(error) {
     if (error instanceof Refused && error.needsKey) {
-      this.#dialog.close();
       this.onKeyNeeded(error);
       return;
     }
     if (!(error instanceof Refused || error instanceof Unreachable)) throw error;
     let problem = inWords(error);
+    if (error instanceof Refused && error.status === 409) problem = `The server refuses. ${problem}`;
     if (error instanceof Unreachable) problem += " Whether the change was made, the log will show. Trying again is safe.";
     if (error instanceof Refused && error.status === 412) {
       problem = `Somebody else changed the release meanwhile; nothing was done. ${problem} Close this and look again.`;

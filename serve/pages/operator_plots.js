@@ -24,19 +24,21 @@ export class Plot {
   }
 
   /**
-   * @param {string} inWords what the plot shows
-   * @param {string} caption
+   * Fetch the plot, unless it is the one that is shown already.
+   *
+   * @param {string} told what is plotted, in words: where these are the same, so is the plot
+   * @param {string} legend
    */
-  async show(inWords, caption) {
-    if (this.#shown === inWords) return;
+  async show(told, legend) {
+    if (this.#shown === told) return;
     const image = await this.#fetched();
     if (image === null) return;
     this.#clear();
-    this.#shown = inWords;
+    this.#shown = told;
     this.#url = URL.createObjectURL(image);
     this.#root.replaceChildren(
-      element("img", { src: this.#url, alt: inWords, width: "460", height: "260" }),
-      element("figcaption", { class: "soft" }, caption),
+      element("img", { src: this.#url, alt: legend, width: "400", height: "240" }),
+      element("figcaption", {}, told, " ", element("span", { class: "soft", "aria-hidden": "true" }, legend)),
     );
   }
 

@@ -73,8 +73,9 @@ const VERSION_COLUMNS = [
  * @param {HTMLElement} root
  * @param {readonly Version[]} versions
  * @param {readonly WinRate[]} winRates
+ * @param {number} alpha chance that a bound of a win rate is wrong
  */
-export function showVersions(root, versions, winRates) {
+export function showVersions(root, versions, winRates, alpha) {
   const rows = versions.map((one) => [
     element("span", { class: "name" }, `${one.version} `, ...(one.role ? [chip(one.role, one.role)] : [])),
     one.problem === null ? origin(one) : element("span", { class: "problem" }, one.problem),
@@ -87,17 +88,17 @@ export function showVersions(root, versions, winRates) {
     element(
       "p",
       { class: "soft" },
-      "Traffic is counted on all servers since the release last changed. Of the win rate, each end of the interval " +
-        "holds with 95 % certainty however often one looks.",
+      "Traffic is counted on all servers since the release last changed. Win rates leave out ties; each end of an " +
+        `interval is ${percent(1 - alpha)} certain, however often one looks.`,
     ),
   );
 }
 
 /** @param {Version} version */
 function origin({ created, parent, comparisons }) {
-  const made = created === null ? "" : day(created);
-  const from = parent === null ? "" : `, from ${parent}`;
-  return `${made}${from}${comparisons ? `, ${count(comparisons)} comparisons` : ""}`;
+  const from = parent === null ? "" : `from ${parent}`;
+  const learnt = comparisons ? `${count(comparisons)} comparisons` : "";
+  return [created === null ? "" : day(created), from, learnt].filter(Boolean).join(" · ");
 }
 
 /**
@@ -138,7 +139,9 @@ function traffic(traffic) {
 /** @param {Traffic} traffic */
 function firstToken({ timed, first_token_p50: half, first_token_p95: most }) {
   if (timed === 0) return "–";
-  return half === null ? "half later than 10 s" : `half ≤ ${half} s, 95 % ${most === null ? "> 10 s" : `≤ ${most} s`}`;
+  if (half === null) return "half > 10 s".replaceAll(" ", "\u00a0");
+  const slowest = most === null ? "> 10 s" : `≤ ${most} s`;
+  return [`half ≤ ${half} s`, `${percent(0.95)} ${slowest}`].map((words) => words.replaceAll(" ", "\u00a0")).join(", ");
 }
 
 /**
@@ -200,9 +203,8 @@ export function showLog(root, attempts) {
 /** @param {Attempt} attempt */
 function inWords({ verb, outcome, stable, canary, canary_fraction, version, kind }) {
   if (verb === "publish") return `publish ${kind?.replace("_", " ") ?? "version"} ${version ?? ""}`;
-  if (outcome !== "accepted") return verb;
-  if (canary) return `${verb} ${canary}, ${percent(canary_fraction ?? 0)}`;
-  return stable ? `${verb}: ${stable} stable` : verb;
+  if (outcome === "accepted" && canary) return `${verb} ${canary} at ${percent(canary_fraction ?? 0)}`;
+  return outcome === "accepted" && verb !== "canary" && stable ? `${verb}: ${stable} stable` : verb;
 }
 
 /**

@@ -38,6 +38,7 @@ CONFORMS: list[CheckFunction] = [
     response_schema_conformance,
 ]
 EXAMPLES = 25
+CANARY_PLOT = "/v1/release/plots/canary.svg"
 """Of each operation; in all about half a minute."""
 
 
@@ -109,7 +110,8 @@ def test_every_error_is_the_one_error(document: dict[str, Any]) -> None:
             if (method, path, status) != ("get", "/ready", "503"):  # an error with the reasons
                 assert answer["content"] == error, (path, status)
             assert "x-request-id" in answer["headers"]
-            assert ("Retry-After" in answer["headers"]) == (status in ("409", "429", "503"))
+            later = status in ("429", "503") or (status == "409" and path.startswith("/v1/feedback"))
+            assert ("Retry-After" in answer["headers"]) == later, (path, status)
     assert "HTTPValidationError" not in document["components"]["schemas"]
 
 
@@ -179,8 +181,13 @@ def test_every_success_is_as_told(api: BaseSchema, http: httpx2.Client, document
     check("DELETE", "/v1/completions/{completion_id}", 200, text)
     _check_feedback(check, chat)
     check("DELETE", one, 200, chat)
+    for method, path, _ in operations(document):
+        if method == "get" and path.startswith("/v1/release") and path != CANARY_PLOT:
+            check("GET", path, 200)
     told = {(m, p, int(s)) for m, p, operation in operations(document) for s in operation["responses"] if s < "300"}
-    assert check.seen == told
+    moving = {("post", f"/v1/release/{verb}", 200) for verb in ("canary", "promote", "rollback")}
+    with_canary = moving | {("get", CANARY_PLOT, 200)}
+    assert check.seen == told - with_canary  # those start engines: see test_serve_release_routes
 
 
 def _check_feedback(check: Checked, chat: str) -> None:
@@ -238,8 +245,14 @@ def test_every_error_of_a_wrong_request_is_as_told(
     check("GET", "/v1/chat/completions", 400, params={"limit": 101})
     check("GET", "/v1/feedback/comparisons", 400, params={"limit": 101})
     check("GET", "/v1/chat/completions/{completion_id}/messages", 400, "nothing", params={"limit": 101})
+    check("GET", CANARY_PLOT, 404)
+    check("GET", "/v1/release/history", 400, params={"count": 0})
+    check("GET", "/v1/release/versions", 400, params={"count": 0})
+    for verb, asked in (("canary", {"version": 2, "fraction": 0.1}), ("promote", {}), ("rollback", {})):
+        check("POST", f"/v1/release/{verb}", 428, json=asked)
+        check("POST", f"/v1/release/{verb}", 412, json=asked, headers={"If-Match": "999999"})
     told = {(m, p, int(s)) for m, p, operation in operations(document) for s in operation["responses"]}
-    elsewhere = (401, 403, 409, 429)  # of keys, rates and requests in flight
+    elsewhere = (401, 403, 409, 429)  # of keys, rates, requests in flight and what the release does not allow
     client_errors = {(m, p, s) for m, p, s in told if 400 <= s < 500 and s not in elsewhere}
     never = client_errors - check.seen
     assert never == {("post", "/v1/feedback/tasks", 404)}  # of a server that never saw a prompt

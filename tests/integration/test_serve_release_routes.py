@@ -14,6 +14,7 @@ from httpx2 import ASGITransport, AsyncClient
 
 from deploy import release as transitions
 from deploy.gate import GateCheck, GateReport
+from deploy.guard import Guard
 from deploy.registry import Registry, ReleaseStore
 from deploy.release import ReplicaReport
 from deploy.settings import DeploySettings
@@ -53,7 +54,7 @@ async def http(releases: ReleaseStore, redis_url: str, state_dir: Path) -> Async
     store = FeedbackStore.connect(redis_url, FeedbackSettings())
     parts: dict[str, Any] = dict.fromkeys(field.name for field in fields(Services))
     parts |= {"deploy_settings": DeploySettings(), "registry": Registry(state_dir), "releases": releases}
-    parts |= {"store": store, "access": AnyKey()}
+    parts |= {"store": store, "access": AnyKey(), "guard": Guard("a", releases, store, DeploySettings())}
     app = FastAPI()
     app.state.services = Services(**parts)
     add_error_handlers(app)

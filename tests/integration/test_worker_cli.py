@@ -138,10 +138,7 @@ def test_a_worker_that_is_stopped_killed_and_paused_finishes_the_round_once(
     assert "instructloop_worker_lease_held 1.0" in page
     assert 'instructloop_worker_stage_number{name="score",stage="ppo"}' in page
     stopped.send_signal(signal.SIGTERM)
-    try:
-        assert stopped.wait(20) == 0, "stopping is not a failure"
-    except subprocess.TimeoutExpired:
-        stopped.send_signal(signal.SIGABRT); time.sleep(1); print((loop.state / "worker.log").read_text()[-9000:]); raise
+    assert stopped.wait(60) == 0, "stopping is not a failure"
     assert not ended(run)
     resume_point = written(run)
 

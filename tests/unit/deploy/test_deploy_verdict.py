@@ -5,9 +5,10 @@ from itertools import product
 import numpy as np
 import pytest
 
+from deploy.bets import log_wealth
 from deploy.release import Attempt
 from deploy.settings import VerdictSettings
-from deploy.verdict import TaskDrop, Verdict, judge, log_wealth, promotions_in_a_row, tasks_down
+from deploy.verdict import TaskDrop, Verdict, judge, promotions_in_a_row, tasks_down
 
 SETTINGS = VerdictSettings()
 
