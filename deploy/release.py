@@ -92,6 +92,8 @@ class Attempt(BaseModel):
     outcome: str
     generation: int | None = None
     stable: int | None = Field(None, description="of an accepted change: the version stable from then on")
+    canary: int | None = Field(None, description="of an accepted change: the canary from then on")
+    canary_fraction: float | None = Field(None, description="of an accepted change: its share of sticky traffic")
     version: int | None = None
     kind: str | None = None
 

@@ -97,6 +97,7 @@ class OperatorPage {
       this.#api.get("/v1/release/history?count=50"),
     ]);
     const before = this.#release;
+    const entered = byId("board").hidden;
     this.#release = release;
     this.#versions = versions.data;
     byId("board").hidden = false;
@@ -108,8 +109,8 @@ class OperatorPage {
     this.#show("log", history.data, () => showLog(byId("log"), history.data));
     this.#show("gates", this.#versions.map(({ version, gate }) => [version, gate]), () => this.#offerGates());
     this.#showVersions();
-    if (before === null) byId("release-title").focus();
-    else if (before.generation !== release.generation) announce(inSentence(release));
+    if (entered) byId("release-title").focus();
+    else if (before?.generation !== release.generation) announce(inSentence(release));
     const waited = performance.now() - this.#winRatesAt >= WIN_RATE_SECONDS * 1000;
     if (waited || this.#winRatesOf !== release.generation) this.#updateWinRates(release); // may take long: not awaited
   }
