@@ -7,7 +7,7 @@ BIN := .venv/bin
 # One process a core: two libraries that each start a thread per core starve each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup up demo test test-models browser operations bench-serve bench-feedback lint format lock clean
+.PHONY: help setup up demo test test-models test-topology browser operations bench-serve bench-feedback lint format lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -29,6 +29,9 @@ test: lint browser operations ## all that CI runs
 
 test-models: setup ## every family of models compiled, and served by vLLM; about 5 minutes
 	$(BIN)/python -m pytest -m models
+
+test-topology: setup operations ## servers, worker, Redis and Prometheus as processes; an alert fires and resolves; about 2 minutes
+	$(BIN)/python -m pytest -m topology
 
 browser: setup
 	deploy/requirements/browser.sh

@@ -38,11 +38,13 @@ from train import report as version_report
 from train import reward_model as reward_model_stage
 from train import sft as sft_stage
 from train.datasets import Dataset, build
+from train.devices import Device
+from train.distributed import Ranks, joined
 from train.encoding import encoder_of
 from train.errors import TrainError
 from train.log_watch import log_until
 from train.models import load_tokenizer
-from train.progress import Progress, drawn
+from train.progress import Progress, drawn, silent
 from train.reproduce import Rebuilt, rebuild
 from train.settings import TrainSettings
 from train.stores import Stores
@@ -92,7 +94,9 @@ def main(
     """Train by hand, or let the worker do it."""
     torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    context.with_resource(joined())
+    level = logging.INFO if Ranks.current().first else logging.ERROR
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         context.obj = _Loop(LoopSettings.load(state=state, redis_url=redis_url))
     except SettingsError as error:
@@ -117,7 +121,19 @@ def sft(context: typer.Context, seed: Seed = 0) -> None:
         tokenizer, out = load_tokenizer(base), _tiny_home(loop) / f"sft-{seed}"
         written = tiny_study.demonstrations(tokenizer, study.demonstrations, seed)
         text = training_text(settings, tokenizer, seed + 1)
-        metrics = sft_stage.run(settings.sft, base, written, out, pretraining=text, seed=seed, progress=progress)
+        metrics = sft_stage.run(
+            settings.sft,
+            base,
+            written,
+            out,
+            pretraining=text,
+            seed=seed,
+            device=Device.choose(settings.device),
+            lora=settings.lora,
+            progress=progress,
+        )
+        if not Ranks.current().first:
+            return
         asked = held_out_tasks(settings.evaluate.canary_prompts)
         prompts = [encode_prompt(tokenizer, task.instruction) for task in asked]
         draft = Draft(
@@ -138,7 +154,7 @@ def reward_model(context: typer.Context, out: Out, policy: int = 1, seed: Seed =
     loop: _Loop = context.obj
     with _refusing(), _shown() as progress:
         settings, version = loop.settings(), loop.registry.get(VersionKind.POLICY, policy)
-        dataset = _dataset(loop, version, settings)
+        dataset = Ranks.current().from_first(lambda: _dataset(loop, version, settings))
         metrics = reward_model_stage.run(
             settings.reward_model,
             version.path,
@@ -147,6 +163,8 @@ def reward_model(context: typer.Context, out: Out, policy: int = 1, seed: Seed =
             demonstrations=dataset.demonstrated,
             held_out=dataset.held_out_ranked,
             seed=seed,
+            device=Device.choose(settings.device),
+            lora=settings.lora,
             progress=progress,
         )
     _print(metrics)
@@ -165,7 +183,7 @@ def ppo(
     loop: _Loop = context.obj
     with _refusing(), _shown() as progress:
         settings, version = loop.settings(), loop.registry.get(VersionKind.POLICY, policy)
-        dataset = _dataset(loop, version, settings)
+        dataset = Ranks.current().from_first(lambda: _dataset(loop, version, settings))
         metrics = ppo_stage.run(
             settings.ppo,
             version.path,
@@ -177,6 +195,8 @@ def ppo(
             resume_dir=out.with_name(f"{out.name}-resume"),
             seed=seed,
             tasks=dataset.prompt_tasks,
+            device=Device.choose(settings.device),
+            lora=settings.lora,
             progress=progress,
         )
     _print(metrics)
@@ -337,6 +357,9 @@ def _read_log(loop: _Loop, cursor: str | None = None) -> tuple[list[LogEntry], l
 
 @contextmanager
 def _shown() -> Iterator[Progress]:
+    if not Ranks.current().first:
+        yield silent
+        return
     with drawn(Console(stderr=True)) as progress:
         yield progress
 
@@ -351,7 +374,8 @@ def _refusing() -> Iterator[None]:
 
 
 def _print(metrics: dict[str, float]) -> None:
-    typer.echo(json.dumps(metrics, indent=2))
+    if Ranks.current().first:
+        typer.echo(json.dumps(metrics, indent=2))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class Device:
     def prepare(self, model: _Model) -> _Model:
         """Move ``model`` here and have the transformer in it compute as this device does. Returns ``model``.
 
-        Each model once, after all copies of it were taken and adapters put in.
+        Each model once, after all copies of it were taken, adapters put in and, under torchrun, it was sharded.
         """
         model.to(self.where)
         for block in blocks(model):

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self, TypeVar
+from typing import Self, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -34,7 +34,10 @@ def joined() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    on_gpus = torch.cuda.is_available()
+    if on_gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
     try:
         yield
     finally:
@@ -64,6 +67,14 @@ class Ranks:
     def first(self) -> bool:
         """Whether this is the process that writes and reports."""
         return self.rank == 0
+
+    def from_first(self, make: Callable[[], Item]) -> Item:
+        """What ``make`` gives the first process, for all: what is read must be the same in each."""
+        if self.count == 1:
+            return make()
+        made: list[Item | None] = [make() if self.first else None]
+        distributed.broadcast_object_list(made)
+        return cast(Item, made[0])
 
     def share(self, items: Sequence[Item], sizes: Sequence[float] | None = None) -> tuple[list[Item], float]:
         """What of a minibatch is this process's, and what its mean loss over that is multiplied by.
@@ -110,16 +121,16 @@ class Ranks:
         Of a transformer with a head on it, each is a whole of its own, because the transformer may be run alone.
 
         Args:
-            model: after ``Device.prepare``; every process has the same.
+            model: before ``Device.prepare``, so that no GPU need hold the whole of it; every process has the same.
 
         Returns:
             ``model``.
         """
         if self.count > 1:
-            for block in blocks(model):
-                fully_shard(block)
-            for part in [model] if isinstance(model, PreTrainedModel) else model.children():
-                fully_shard(part)
+            wholes = [model] if isinstance(model, PreTrainedModel) else model.children()
+            for part in (*blocks(model), *wholes):
+                # After every pass: between passes, weights are changed where they are kept.
+                fully_shard(part, reshard_after_forward=True)
         return model
 
     @contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from train.batches import Batch, length_buckets
+from train.devices import Device
 from train.errors import ModelUnusable
 from train.learner import Learner
 from train.losses import advantages_and_returns, kl_rewards, token_logprobs
@@ -70,6 +71,11 @@ class Experience:
         of_tokens = (self.logprobs, self.values, self.advantages, self.returns)
         return Experience(batch, *(x[rows, :width] for x in of_tokens))
 
+    def placed(self, device: Device) -> "Experience":
+        """The same, on ``device``."""
+        of_tokens = (self.logprobs, self.values, self.advantages, self.returns)
+        return Experience(device.place(self.batch), *(x.to(device.where) for x in of_tokens))
+
     def parts(self, size: int) -> Iterator[tuple["Experience", float]]:
         """All episodes in parts of at most ``size`` of similar length, each with its share of the completion tokens.
 
@@ -90,16 +96,20 @@ def assess(learner: Learner, episodes: Episodes, settings: PpoSettings) -> Asses
 
     Where the sampler is not exact (``learner.sampler_gap``), the policy too, for log-probabilities of its own.
     """
-    batch, exact = episodes.batch, learner.sampler_gap <= EXACT_GAP
-    scores = torch.zeros(len(batch), learner.reward_model.heads)
-    reference_logprobs, values, logprobs = (torch.zeros(batch.completion_mask.shape) for _ in range(3))
-    for rows, part in batch.buckets(settings.episodes_per_forward):
-        width = part.completion_mask.shape[1]
-        scores[rows] = learner.reward_model.scores(part)
-        values[rows, :width] = learner.value_model.values(part)
+    batch, exact, ranks = episodes.batch, learner.sampler_gap <= EXACT_GAP, learner.ranks
+    own = batch.select(torch.tensor(ranks.share(range(len(batch)))[0]))
+    scores = torch.zeros(len(own), learner.reward_model.heads)
+    reference_logprobs, values, logprobs = (torch.zeros(len(own), batch.completion_mask.shape[1]) for _ in range(3))
+    for rows, bucket in own.buckets(settings.episodes_per_forward):
+        part, width = learner.device.place(bucket), bucket.completion_mask.shape[1]
+        scores[rows] = learner.reward_model.scores(part).cpu()
+        values[rows, :width] = learner.value_model.values(part).cpu()
         reference_logprobs[rows, :width] = _logprobs(learner.reference, part, settings.temperature)
         if not exact:
             logprobs[rows, :width] = _logprobs(learner.policy, part, settings.temperature)
+    scores, values, reference_logprobs, logprobs = map(
+        ranks.gather_rows, (scores, values, reference_logprobs, logprobs)
+    )
     if exact:
         logprobs = episodes.logprobs
     importance = torch.where(batch.completion_mask, logprobs - episodes.logprobs, 0.0).exp()
@@ -173,4 +183,4 @@ def largest_gap(logprobs: Tensor, episodes: Episodes) -> float:
 
 
 def _logprobs(policy: PreTrainedModel, batch: Batch, temperature: float) -> Tensor:
-    return token_logprobs(completion_logits(policy, batch, temperature), batch.completion_ids)
+    return token_logprobs(completion_logits(policy, batch, temperature), batch.completion_ids).cpu()

@@ -1,33 +1,44 @@
 """The four models of PPO, what trains two of them, and all of it that changes (InstructGPT §3.5 and §C.4)."""
 
-import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from train.batches import TokenStream
+from train.devices import CPU, Device
+from train.distributed import Ranks
 from train.errors import ModelUnusable
 from train.kl_control import adapted
+from train.lora import NO_ADAPTERS, Unadapted, adapt, learning
 from train.models import load_policy, load_tokenizer
 from train.optimizer import adamw
 from train.scalar_model import ScalarModel, load_reward_model
-from train.settings import PpoSettings
+from train.settings import LoraSettings, PpoSettings
 
 
 @dataclass
 class Learner:
     """The four models, what trains them, and how far they are.
 
+    With adapters they stand on two trunks: policy and reference share one where training starts from the reference,
+    value model and reward model the other, each pair one with its adapters and one without. (The reward model's cannot
+    be the policy's too: a published reward model is whole, trained as far as its own adapters took it.)
+
     Attributes:
+        device: what they compute on.
+        ranks: the processes that each have a part of them.
         tokenizer: the policy's.
         policy: learns.
-        reference: where the KL reward measures from; frozen.
+        reference: where the KL reward measures from; frozen. It may be the policy, ``Unadapted``.
         reward_model: scores completions, divided by ``score_sd``; frozen.
         value_model: expects rewards; learns, from the reward model's weights on.
-        averaged: exponential moving average of the policy over iterations, or None.
+        averaged: exponential moving average over iterations of what the policy learns, or None. Of adapters, each of
+            the two factors is averaged.
         policy_optimizer, value_optimizer: of the two that learn.
         score_sd: what scores were divided by.
         missing_eos_score: the score of every unfinished completion, after that division.
@@ -37,12 +48,14 @@ class Learner:
         history: the numbers of each.
     """
 
+    device: Device
+    ranks: Ranks
     tokenizer: PreTrainedTokenizerBase
     policy: PreTrainedModel
     reference: PreTrainedModel
     reward_model: ScalarModel
     value_model: ScalarModel
-    averaged: PreTrainedModel | None
+    averaged: dict[str, Tensor] | None
     policy_optimizer: torch.optim.AdamW
     value_optimizer: torch.optim.AdamW
     score_sd: float
@@ -53,14 +66,25 @@ class Learner:
     history: list[dict[str, float]]
 
     @classmethod
-    def load(cls, settings: PpoSettings, policy_dir: Path, reference_dir: Path, reward_model_dir: Path) -> "Learner":
-        """The models as they are before the first iteration.
+    def load(
+        cls,
+        settings: PpoSettings,
+        policy_dir: Path,
+        reference_dir: Path,
+        reward_model_dir: Path,
+        *,
+        device: Device = CPU,
+        lora: LoraSettings = NO_ADAPTERS,
+        seed: int = 0,
+    ) -> "Learner":
+        """The models as they are before the first iteration; ``seed`` is of adapters.
 
         Raises ModelUnusable where a directory does not hold what it should, vocabularies differ, or a pessimistic
         score is asked of a reward model with one head.
         """
-        policy, reference = load_policy(policy_dir), load_policy(reference_dir)
-        reward_model = load_reward_model(reward_model_dir)
+        policy, reward_model = load_policy(policy_dir), load_reward_model(reward_model_dir)
+        shared = bool(lora.rank) and policy_dir.resolve() == reference_dir.resolve()
+        reference = policy if shared else load_policy(reference_dir).requires_grad_(False)
         sizes = {policy.config.vocab_size, reference.config.vocab_size, reward_model.trunk.config.vocab_size}
         if len(sizes) > 1:
             raise ModelUnusable(
@@ -72,15 +96,24 @@ class Learner:
                 f"ppo.score_pessimism is {settings.score_pessimism}, but {reward_model_dir} has one head, which never "
                 "disagrees with itself: train it with more heads, or set score_pessimism to 0"
             )
-        value_model = reward_model.merged()
-        averaged = copy.deepcopy(policy).requires_grad_(False) if settings.ema else None
+        value_model = reward_model.merged(reward_model.trunk if lora.rank else None)
+        adapt(policy, lora, seed=seed)
+        adapt(value_model.trunk, lora, seed=seed)
+        if lora.rank:
+            reward_model = reward_model.on(Unadapted(reward_model.trunk))
+        reward_model.requires_grad_(False)
+        ranks = Ranks.current()
+        for model in (policy, value_model, reward_model, *(() if shared else (reference,))):
+            device.prepare(ranks.shard(model))
         return cls(
+            device=device,
+            ranks=ranks,
             tokenizer=load_tokenizer(policy_dir),
             policy=policy,
-            reference=reference.requires_grad_(False),
-            reward_model=reward_model.requires_grad_(False),
+            reference=Unadapted(policy) if shared else reference,
+            reward_model=reward_model,
             value_model=value_model,
-            averaged=averaged,
+            averaged={name: weight.detach().clone() for name, weight in learning(policy)} if settings.ema else None,
             policy_optimizer=adamw(policy, settings.policy_lr, epsilon=1e-5),
             value_optimizer=adamw(value_model, settings.value_lr, epsilon=1e-5),
             score_sd=1.0,
@@ -90,6 +123,13 @@ class Learner:
             iteration=0,
             history=[],
         )
+
+    def trained(self) -> dict[str, tuple[nn.Module, torch.optim.AdamW]]:
+        """The two models that learn, by name, with what trains them."""
+        return {
+            "policy": (self.policy, self.policy_optimizer),
+            "value_model": (self.value_model, self.value_optimizer),
+        }
 
     def scale_scores(self, score_sd: float) -> None:
         """Divide what the reward model says, and the value model expects, by ``score_sd``."""
@@ -101,8 +141,16 @@ class Learner:
     def average(self, decay: float) -> None:
         """Move the averaged policy, where there is one, 1 − decay of the way to the policy."""
         if self.averaged is not None:
-            for mean, weight in zip(self.averaged.parameters(), self.policy.parameters(), strict=True):
-                mean.lerp_(weight, 1 - decay)
+            for name, weight in learning(self.policy):
+                self.averaged[name].lerp_(weight, 1 - decay)
+
+    @torch.no_grad()
+    def result(self) -> PreTrainedModel:
+        """The policy to publish: itself, with its averaged weights put into it where they are kept."""
+        if self.averaged is not None:
+            for name, weight in learning(self.policy):
+                weight.copy_(self.averaged[name])
+        return self.policy
 
     def steer_kl(self, kl: float, settings: PpoSettings) -> None:
         """Adapt β, where ``settings`` name a target, to an iteration whose completions were ``kl`` nats away."""
@@ -122,13 +170,8 @@ class Learner:
         self.sampler_gap = max(self.sampler_gap, numbers.get("sampler_gap", 0.0))
 
     def state(self, pretraining: TokenStream | None) -> dict[str, Any]:
-        """What a resume point holds; the reference and the reward model never change."""
+        """What a resume point holds beside the averaged policy and what is ``trained``."""
         return {
-            "policy": self.policy.state_dict(),
-            "value_model": self.value_model.state_dict(),
-            "averaged": None if self.averaged is None else self.averaged.state_dict(),
-            "policy_optimizer": self.policy_optimizer.state_dict(),
-            "value_optimizer": self.value_optimizer.state_dict(),
             "pretraining": None if pretraining is None else pretraining.position(),
             "score_sd": self.score_sd,
             "missing_eos_score": self.missing_eos_score,
@@ -138,17 +181,11 @@ class Learner:
             "history": self.history,
         }
 
-    def restore(self, saved: dict[str, Any], pretraining: TokenStream | None) -> None:
-        """Go to the moment ``state`` was taken."""
+    def restore(self, saved: Mapping[str, Any], pretraining: TokenStream | None) -> None:
+        """Go to the moment ``state`` was taken; the weights of ``trained`` are the caller's to put back."""
         self.scale_scores(saved["score_sd"])
         self.missing_eos_score, self.sampler_gap = saved["missing_eos_score"], saved["sampler_gap"]
         self.kl_coef = saved["kl_coef"]
-        self.policy.load_state_dict(saved["policy"])
-        self.value_model.load_state_dict(saved["value_model"])
-        if self.averaged is not None:
-            self.averaged.load_state_dict(saved["averaged"])
-        self.policy_optimizer.load_state_dict(saved["policy_optimizer"])
-        self.value_optimizer.load_state_dict(saved["value_optimizer"])
         if pretraining is not None:
             pretraining.seek(saved["pretraining"])
         self.iteration, self.history = saved["iteration"], saved["history"]

@@ -85,6 +85,10 @@ class Unadapted:
         """Where the model is."""
         return torch.device(self.adapted.device)
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The model's weights, its adapters' too."""
+        yield from self.adapted.parameters()
+
     def __call__(self, *inputs: object, **options: object) -> object:
         """What the model returns, with its adapters off."""
         with _adapters_off(self.adapted):

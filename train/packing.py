@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn.functional import embedding
 from transformers import Cache
 
-from train.batches import Answered, collate
+from train.batches import Answered, Batch, collate
+from train.devices import Device, exact
 from train.scalar_model import ScalarModel
 
 TOKENS_PER_FORWARD = {"cpu": 1024}
@@ -65,7 +66,7 @@ def packed_scores(model: ScalarModel, answered: Sequence[Answered], pad_id: int)
     for group in similar([(len(pack.prompt), 0) for pack in packs], lambda count, width, _: count * width <= longest):
         scored, scores = _behind_prompts(model, answered, [packs[i] for i in group], pad_id)
         rows, found = rows + scored, found + scores
-    return torch.cat(found)[torch.tensor(rows).argsort()]
+    return torch.cat(found).cpu()[torch.tensor(rows).argsort()]
 
 
 def similar(sizes: Sequence[tuple[int, int]], fits: Callable[[int, int, int], bool]) -> list[list[int]]:
@@ -107,7 +108,7 @@ def _plain(
     whole = [(*answered[row][0], *answered[row][1]) for row in rows]
     longest = _budget(model)
     groups = similar([(len(text), 0) for text in whole], lambda count, width, _: count * width <= longest)
-    scores = [model.scores(collate([whole[i] for i in group], [()] * len(group), pad_id)) for group in groups]
+    scores = [model.scores(_collated(model, [whole[i] for i in group], pad_id)) for group in groups]
     return [rows[i] for group in groups for i in group], scores
 
 
@@ -115,7 +116,7 @@ def _behind_prompts(
     model: ScalarModel, answered: Sequence[Answered], packs: Sequence[_Pack], pad_id: int
 ) -> tuple[list[int], list[Tensor]]:
     """Scores of the completions in ``packs``, whose prompts are read in one forward; returned as by ``_plain``."""
-    prompts = collate([pack.prompt for pack in packs], [()] * len(packs), pad_id)
+    prompts = _collated(model, [pack.prompt for pack in packs], pad_id)
     prefix = model.trunk(
         input_ids=prompts.input_ids,
         attention_mask=prompts.attention_mask,
@@ -130,7 +131,7 @@ def _behind_prompts(
     )
     scores = []
     for group in groups:
-        chosen = torch.tensor([branches[i][0] for i in group])
+        chosen = torch.tensor([branches[i][0] for i in group], device=prompts.input_ids.device)
         completions = [answered[branches[i][1]][1] for i in group]
         scores.append(_branch_scores(model, prefix, prompts.attention_mask, chosen, completions, pad_id))
     return [branches[i][1] for group in groups for i in group], scores
@@ -147,10 +148,11 @@ def _branch_scores(
     """Scores [b, n] of ``completions`` behind the prompts ``chosen`` [b] of ``prefix``, whose mask is [B, P]."""
     width = max(map(len, completions))
     lengths = torch.tensor([len(completion) for completion in completions])
-    own = (torch.arange(width) < lengths.unsqueeze(1)).long()
+    own = (torch.arange(width) < lengths.unsqueeze(1)).long().to(prompt_mask.device)
+    ids = torch.tensor([[*ids, *[pad_id] * (width - len(ids))] for ids in completions])
     mask = torch.cat([prompt_mask[chosen], own], 1)
     hidden = model.trunk(
-        input_ids=torch.tensor([[*ids, *[pad_id] * (width - len(ids))] for ids in completions]),
+        input_ids=ids.to(prompt_mask.device),
         attention_mask=mask,
         position_ids=(mask.cumsum(1) - 1)[:, -width:],
         past_key_values=_of_prompts(prefix, chosen),
@@ -179,7 +181,7 @@ def _shares_prompts(model: ScalarModel, answered: Sequence[Answered], packs: Seq
     ordered = sorted(packs, key=lambda pack: len(pack.prompt))
     trial = [ordered[0], ordered[-1]] if len(ordered) > 1 else ordered
     name = f"{type(model.trunk).__name__} ({model.trunk.config.model_type})"
-    with torch.autocast(model.head.weight.device.type, enabled=False):
+    with exact(model):
         plain_rows, plain = _plain(model, answered, [row for pack in trial for row in pack.rows], pad_id)
         try:
             rows, shared = _behind_prompts(model, answered, trial, pad_id)
@@ -194,6 +196,10 @@ def _shares_prompts(model: ScalarModel, answered: Sequence[Answered], packs: Seq
         )
         return False
     return True
+
+
+def _collated(model: ScalarModel, texts: Sequence[tuple[int, ...]], pad_id: int) -> Batch:
+    return Device(model.head.weight.device).place(collate(texts, [()] * len(texts), pad_id))
 
 
 def _budget(model: ScalarModel) -> int:

@@ -17,17 +17,20 @@ from pathlib import Path
 import torch
 
 from deploy.files import replace_atomically
-from train import alarms, resume
+from train import alarms, ppo_point, resume
 from train.batches import TokenStream
-from train.errors import DatasetUnusable
+from train.devices import CPU, Device
+from train.errors import DatasetUnusable, DeviceUnusable
 from train.experience import assess, calibrate, experience_of, reward
 from train.learner import Learner
-from train.models import nonfinite_weights, save_policy
+from train.lora import NO_ADAPTERS
+from train.models import nonfinite_weights, pad_id_of, save_policy
 from train.ppo_numbers import of_episodes
 from train.ppo_updates import learn
 from train.progress import Progress, silent
 from train.sampling import Episodes, check_room, open_sampler
-from train.settings import PpoSettings
+from train.settings import LoraSettings, PpoSettings
+from train.shared_sampling import SharedSampler
 from train.stopwatch import Stopwatch
 
 RESUME_FILE = "ppo.pt"
@@ -49,6 +52,8 @@ def run(
     resume_dir: Path | None,
     seed: int,
     tasks: Sequence[str] | None = None,
+    device: Device = CPU,
+    lora: LoraSettings = NO_ADAPTERS,
     progress: Progress = silent,
     on_iteration: OnIteration | None = None,
 ) -> dict[str, float]:
@@ -63,8 +68,10 @@ def run(
         out: directory to write; what it holds is overwritten.
         pretraining: text for the mix; may be None only where ``settings.ptx_coef`` is 0.
         resume_dir: where to keep the resume point and the history of all iterations as JSON lines; None keeps none.
-        seed: of prompt order, sampling and minibatches.
+        seed: of prompt order, sampling, minibatches and adapters.
         tasks: of each prompt; some numbers are then reported for each task apart.
+        device: to compute on.
+        lora: adapters to train in place of all weights of policy and value model.
         progress: called after each iteration with its numbers.
         on_iteration: called after each iteration with its episodes.
 
@@ -77,20 +84,22 @@ def run(
         ModelUnusable: where a directory does not hold the model it should, or their vocabularies differ.
         ResumePointUnusable: where the resume point is damaged or another run's.
         TrainingDiverged: where a gradient is not finite; the last resume point stands.
+        DeviceUnusable: where minibatches cannot be divided among the processes.
         AlarmRaised: where numbers are beyond the limits in ``settings.alarms``, also when such a run is resumed.
     """
     _check(settings, prompts, tasks, pretraining)
-    learner = Learner.load(settings, policy_dir, reference_dir, reward_model_dir)
+    learner = Learner.load(settings, policy_dir, reference_dir, reward_model_dir, device=device, lora=lora, seed=seed)
+    _check_shares(settings, learner.ranks.count)
     check_room(learner.policy, prompts, settings.max_completion_tokens)
     text = pretraining.digest() if pretraining else None
-    given = (settings.model_dump(exclude={"alarms"}), seed, tuple(map(tuple, prompts)), text)
+    computed = (lora.model_dump(), device.autocast, learner.ranks.count)
+    given = (settings.model_dump(exclude={"alarms"}), seed, tuple(map(tuple, prompts)), text, computed)
     fingerprint = resume.fingerprint_of(repr(given), (policy_dir, reference_dir, reward_model_dir))
-    saved = resume.load(resume_dir / RESUME_FILE, fingerprint) if resume_dir else None
+    resumed = resume_dir is not None and ppo_point.load(resume_dir / RESUME_FILE, fingerprint, learner, pretraining)
 
-    with open_sampler(settings, policy_dir, learner.tokenizer) as sampler:
-        if saved is not None:
-            learner.restore(saved, pretraining)
-        else:
+    with open_sampler(settings, policy_dir, learner.tokenizer) as alone:
+        sampler = SharedSampler(alone, learner.ranks, pad_id_of(learner.tokenizer))
+        if not resumed:
             # 0. Scale scores by the reference policy's completions; see whether sampler and trainer agree.
             asked = [prompts[number] for number in _numbers_of(0, settings, len(prompts), seed)]
             calibrate(learner, sampler, asked, settings, _generator(seed, -1))
@@ -138,11 +147,12 @@ def run(
             unsound = alarms.check(settings.alarms, learner.history, learner.sampler_gap)
             due = learner.iteration % settings.save_every == 0 or learner.iteration == settings.iterations
             if resume_dir and (due or unsound):
-                resume.save(resume_dir / RESUME_FILE, fingerprint, learner.state(pretraining))
-                _write_history(resume_dir / HISTORY_FILE, learner.history)
+                ppo_point.save(resume_dir / RESUME_FILE, fingerprint, learner, pretraining)
+                if learner.ranks.first:
+                    _write_history(resume_dir / HISTORY_FILE, learner.history)
             alarms.refuse(unsound)
 
-    result = learner.policy if learner.averaged is None else learner.averaged
+    result = learner.result()
     save_policy(result, learner.tokenizer, out)
     return {
         **learner.history[-1],
@@ -181,6 +191,17 @@ def _check(
         raise DatasetUnusable(
             f"ppo.ptx_coef is {settings.ptx_coef}, but no pretraining text was given: give some, or set it to 0"
         )
+
+
+def _check_shares(settings: PpoSettings, processes: int) -> None:
+    """All processes must run each model as often, so they get equal shares of episodes and text."""
+    episodes = settings.episodes_per_iteration // settings.minibatches
+    for name, rows in (("a minibatch", episodes), ("ptx_batch", settings.ptx_batch if settings.ptx_coef else 0)):
+        if rows % processes:
+            raise DeviceUnusable(
+                f"ppo: {rows} rows of {name} cannot be divided equally among {processes} processes: change "
+                "episodes_per_iteration, minibatches or ptx_batch"
+            )
 
 
 def _write_history(path: Path, history: Sequence[dict[str, float]]) -> None:

@@ -43,13 +43,15 @@ def learn(
     steps: list[dict[str, float]] = []
     value_losses: list[float] = []
     learning = learner.iteration >= settings.value_only_iterations
+    lengths = experience.batch.completion_lengths
     for rows in torch.randperm(len(experience), generator=generator).chunk(settings.minibatches):
-        minibatch = experience.select(rows)
+        own, weight = learner.ranks.share(rows.tolist(), lengths[rows].tolist())
+        minibatch = experience.select(torch.tensor(own))
         if learning:
-            step = _update_policy(learner, minibatch, pretraining, settings, policy_lr)
+            step = _update_policy(learner, minibatch, weight, pretraining, settings, policy_lr)
             learning = step is not None
             steps += [step] if step else []
-        value_losses.append(_update_value_model(learner, minibatch, settings))
+        value_losses.append(_update_value_model(learner, minibatch, weight, settings))
     numbers = {"policy_lr": policy_lr, "value_loss": fmean(value_losses), "policy_updates": float(len(steps))}
     if steps:
         numbers |= {"stopped_early": 1 - len(steps) / settings.minibatches, "sampler_gap": steps[0]["drift"]}
@@ -58,9 +60,16 @@ def learn(
 
 
 def _update_policy(
-    learner: Learner, minibatch: Experience, pretraining: TokenStream | None, settings: PpoSettings, lr: float
+    learner: Learner,
+    minibatch: Experience,
+    weight: float,
+    pretraining: TokenStream | None,
+    settings: PpoSettings,
+    lr: float,
 ) -> dict[str, float] | None:
     """One step of the policy; None, and no step, where it is already ``target_kl`` away from where it sampled.
+
+    ``minibatch`` is this process's share of it, and ``weight`` that of a mean over the share.
 
     Returns means over the minibatch's tokens of ``policy_loss``, ``clipped_share``, ``entropy`` (nats) and
     ``update_kl`` (nats from the policy that sampled, k3), of the text's ``ptx_loss`` where it is mixed in, and
@@ -69,7 +78,8 @@ def _update_policy(
     Raises TrainingDiverged where the gradient is not finite.
     """
     numbers = dict.fromkeys(("policy_loss", "clipped_share", "entropy", "update_kl", "drift"), 0.0)
-    for part, share in minibatch.parts(settings.episodes_per_forward):
+    for own_part, of_own in minibatch.parts(settings.episodes_per_forward):
+        part, share = own_part.placed(learner.device), weight * of_own
         batch, mask = part.batch, part.batch.completion_mask
         logits = completion_logits(learner.policy, batch, settings.temperature)
         logprobs = token_logprobs(logits, batch.completion_ids)
@@ -82,6 +92,8 @@ def _update_policy(
             numbers["update_kl"] += share * float(masked_mean(k3(part.logprobs, logprobs), mask))
             drift = float(torch.where(mask, logprobs - part.logprobs, 0.0).abs().max())
             numbers["drift"] = max(numbers["drift"], drift)
+    drift = learner.ranks.greatest(numbers.pop("drift"))
+    numbers = {name: learner.ranks.mean(number) for name, number in numbers.items()} | {"drift": drift}
     if settings.target_kl is not None and numbers["update_kl"] > settings.target_kl:
         learner.policy_optimizer.zero_grad(set_to_none=True)
         return None
@@ -97,22 +109,24 @@ def _add_text_gradient(learner: Learner, pretraining: TokenStream, settings: Ppo
     A backward of its own, so that both graphs are never in memory together; the gradients add up (§C.4).
     """
     text, mean = pretraining.take(settings.ptx_batch), 0.0
-    for rows in torch.split(text, settings.episodes_per_forward):
-        share = len(rows) / len(text)
+    own, weight = learner.ranks.share(range(len(text)))
+    for rows in torch.split(text[own], settings.episodes_per_forward):
+        share = weight * len(rows) / len(own)
         loss = pretraining_loss(learner.policy, rows)
         torch.autograd.backward(settings.ptx_coef * share * loss)
         mean += share * float(loss.detach())
-    return mean
+    return learner.ranks.mean(mean)
 
 
-def _update_value_model(learner: Learner, minibatch: Experience, settings: PpoSettings) -> float:
+def _update_value_model(learner: Learner, minibatch: Experience, weight: float, settings: PpoSettings) -> float:
     """One step of the value model; returns its loss. Raises TrainingDiverged where the gradient is not finite."""
     mean = 0.0
-    for part, share in minibatch.parts(settings.episodes_per_forward):
+    for own_part, of_own in minibatch.parts(settings.episodes_per_forward):
+        part, share = own_part.placed(learner.device), weight * of_own
         values = learner.value_model.values(part.batch)
         mask = part.batch.completion_mask
         loss = value_loss(values, part.values, part.returns, mask, settings.value_clip)
         torch.autograd.backward(share * loss)
         mean += share * float(loss.detach())
     update(learner.value_optimizer, learner.value_model.parameters(), settings.value_lr, settings.max_grad_norm)
-    return mean
+    return learner.ranks.mean(mean)

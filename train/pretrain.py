@@ -60,7 +60,7 @@ def run(
     # 1. Random weights, the same on every device, leaving the caller's random state alone.
     with CPU.seeded(seed):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    ranks.shard(device.prepare(model)).train()
+    device.prepare(ranks.shard(model)).train()
     optimizer = adamw(model, settings.learning_rate, weight_decay=settings.weight_decay)
     losses: deque[float] = deque(maxlen=_AVERAGED_STEPS)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from deploy.versions import Version
 from train import ppo, reward_model
 from train.datasets import Dataset, with_replay
+from train.devices import Device
 from train.errors import ResumePointUnusable
 from train.models import load_tokenizer
 from train.progress import Progress
@@ -62,6 +63,8 @@ def refit(
         demonstrations=dataset.demonstrated,
         held_out=dataset.held_out_ranked,
         seed=seed,
+        device=Device.choose(settings.device),
+        lora=settings.lora,
         progress=progress,
     )
 
@@ -106,6 +109,8 @@ def improve(
         resume_dir=resume_dir,
         seed=seed,
         tasks=dataset.prompt_tasks,
+        device=Device.choose(settings.device),
+        lora=settings.lora,
         progress=progress,
         on_iteration=world_of(settings, tokenizer).of_iteration,
     )

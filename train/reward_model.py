@@ -25,15 +25,18 @@ import torch
 from torch import Tensor
 
 from feedback.preference import wilson
-from train.batches import Answered, Demonstrated, RankedPrompt
+from train.batches import Answered, Demonstrated, RankedPrompt, collate
+from train.devices import CPU, Device
+from train.distributed import Ranks
 from train.errors import DatasetUnusable
+from train.lora import NO_ADAPTERS, adapt
 from train.losses import expected_calibration_error, ranking_loss
 from train.models import is_reward_model, load_policy, load_tokenizer, nonfinite_weights, pad_id_of
 from train.optimizer import adamw, cosine_factor, update
 from train.packing import packed_scores, similar
 from train.progress import Progress, silent
 from train.scalar_model import ScalarModel, load_reward_model, save_reward_model, scalar_model_from
-from train.settings import RewardModelSettings
+from train.settings import LoraSettings, RewardModelSettings
 
 TOKENS_PER_BACKWARD = 8192
 """Tokens whose activations are in memory together; a step's prompts are passed over in such parts."""
@@ -48,6 +51,8 @@ def run(
     demonstrations: Sequence[Demonstrated],
     held_out: Sequence[RankedPrompt],
     seed: int,
+    device: Device = CPU,
+    lora: LoraSettings = NO_ADAPTERS,
     progress: Progress = silent,
 ) -> dict[str, float]:
     """Train a reward model on ``ranked`` and write it to ``out``.
@@ -60,7 +65,9 @@ def run(
         out: directory to write; what it holds is overwritten.
         demonstrations: score 0 on average afterwards; where there are none, the completions of ``ranked`` do.
         held_out: comparisons of other prompts or labelers, to measure accuracy on; may be empty.
-        seed: of the order, of fresh heads and of their bootstrap samples.
+        seed: of the order, of fresh heads, of their bootstrap samples and of adapters.
+        device: to compute on.
+        lora: adapters to train, with the heads, in place of all weights.
         progress: called after each step.
 
     Returns:
@@ -77,7 +84,7 @@ def run(
     started = time.monotonic()
 
     # 1. A trunk with scalar heads.
-    tokenizer = load_tokenizer(init_dir)
+    ranks, tokenizer = Ranks.current(), load_tokenizer(init_dir)
     pad_id = pad_id_of(tokenizer)
     generator = torch.Generator().manual_seed(seed)
     model = _initial(init_dir, settings.heads, generator)
@@ -92,6 +99,12 @@ def run(
         )
     _check_lengths([*ranked, *held_out], demonstrations, int(model.trunk.config.max_position_embeddings))
 
+    if device.checkpointed:
+        model.shares_prompts = False  # keys and values that are kept for others cannot be computed again
+    adapt(model.trunk, lora, seed=seed)
+    device.prepare(ranks.shard(model))
+    anything = device.place(collate([[pad_id]], [()], pad_id))
+
     # 2. Every prompt once per epoch, in a new order each time; dropout stays off.
     optimizer = adamw(model, settings.learning_rate)
     counts = bootstrap_counts(len(usable), settings.heads, generator)
@@ -103,30 +116,34 @@ def run(
         rng.shuffle(order)
         for start in starts:
             # 3. Score each distinct completion once; rank all pairs of each prompt. The gradients of parts add up.
-            step, loss = order[start : start + settings.batch_prompts], 0.0
-            for part in parts([usable[i] for i in step]):
-                chosen = [step[i] for i in part]
-                pairs = collect_pairs([usable[i] for i in chosen])
-                scores = packed_scores(model, pairs.answered, pad_id)
-                weight = pairs.weight.unsqueeze(1) * counts[chosen]
-                margin = settings.margin * (pairs.apart - 1)
-                of_part = ranking_loss(scores, pairs.chosen, pairs.rejected, pairs.prompt, weight, margin)
-                of_step = of_part * (len(part) / len(step))
-                torch.autograd.backward(of_step)
-                loss += float(of_step.detach())
+            own, share = ranks.share(order[start : start + settings.batch_prompts])
+            loss = 0.0
+            with ranks.together(model, lambda: model.scores(anything)):
+                for part in parts([usable[i] for i in own]):
+                    chosen = [own[i] for i in part]
+                    pairs = collect_pairs([usable[i] for i in chosen])
+                    scores = packed_scores(model, pairs.answered, pad_id)
+                    weight = pairs.weight.unsqueeze(1) * counts[chosen]
+                    margin = settings.margin * (pairs.apart - 1)
+                    of_part = ranking_loss(scores, pairs.chosen, pairs.rejected, pairs.prompt, weight, margin)
+                    of_step = of_part * (share * len(part) / len(own))
+                    torch.autograd.backward(of_step)
+                    loss += float(of_step.detach())
 
             # 4. One step of AdamW at this step's learning rate.
             factor = cosine_factor(
                 len(losses), steps, warmup=settings.warmup_steps, final_fraction=settings.final_lr_fraction
             )
             update(optimizer, model.parameters(), settings.learning_rate * factor, settings.max_grad_norm)
-            losses.append(loss)
+            losses.append(ranks.mean(loss))
             progress("reward_model", len(losses), steps, {"loss": losses[-1]})
 
-    # 5. Demonstrations score 0 on average.
-    set_shift(model, demonstrations or collect_pairs(usable).answered, pad_id)
+    # 5. Demonstrations score 0 on average. Measure.
+    with ranks.together(model):
+        set_shift(model, demonstrations or collect_pairs(usable).answered, pad_id)
+        measured = measure_pairs(model, held_out, pad_id, seen_labelers={prompt.labeler for prompt in usable})
 
-    # 6. Measure and save.
+    # 6. Save.
     save_reward_model(model, tokenizer, out)
     return {
         "loss": fmean(losses[-max(1, steps // 10) :]),
@@ -139,7 +156,7 @@ def run(
         "shares_prompts": float(bool(model.shares_prompts)),
         "nonfinite_weights": nonfinite_weights(model),
         "seconds": time.monotonic() - started,
-        **measure_pairs(model, held_out, pad_id, seen_labelers={prompt.labeler for prompt in usable}),
+        **measured,
     }
 
 
@@ -222,15 +239,10 @@ def score_completions(model: ScalarModel, answered: Sequence[Answered], pad_id: 
     return packed_scores(model, answered, pad_id).mean(1)
 
 
-def score_sequences(model: ScalarModel, sequences: Sequence[tuple[int, ...]], pad_id: int) -> Tensor:
-    """Score of each sequence (prompt and completion, token ids) at its last token: [N], in the order given."""
-    return score_completions(model, [((), sequence) for sequence in sequences], pad_id)
-
-
 @torch.no_grad()
 def set_shift(model: ScalarModel, answered: Sequence[Answered], pad_id: int) -> None:
     """Set the model's shift so that the completions (N ≥ 1) score 0 on average, by every head."""
-    model.shift += packed_scores(model, answered, pad_id).mean(0)
+    model.shift += packed_scores(model, answered, pad_id).mean(0).to(model.shift.device)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from train.batches import Batch, collate, length_buckets
 from train.errors import DatasetUnusable, ModelUnusable
 from train.growing_cache import growing_cache
+from train.lora import plain_weights
 from train.models import nonfinite_weights, pad_id_of
 from train.settings import PpoSettings
 
@@ -177,7 +178,7 @@ class VllmSampler:
         torch.set_num_threads = self._torch_threads  # a CPU engine replaces it by one that does nothing
 
     def _load(self, policy: PreTrainedModel) -> None:
-        weights = [(name, weight.detach()) for name, weight in policy.named_parameters()]
+        weights = [(name, weight.detach()) for name, weight in plain_weights(policy).items()]
         if self._sleeps:
             self._engine.wake_up(["weights"])
         # The worker is in this process, so a function reaches it as it is: no extension class is named by its path.

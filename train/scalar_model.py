@@ -18,15 +18,18 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from train.batches import Batch
+from train.distributed import Ranks, whole
 from train.errors import ModelUnusable
-from train.models import HEAD_FILE, load_pretrained
+from train.lora import Unadapted
+from train.models import HEAD_FILE, load_pretrained, save_plain
 
 
 class ScalarModel(nn.Module):
     """A trunk with n linear heads, each to one number per token; reward model and value model are both this.
 
     Attributes:
-        trunk: a Hugging Face model that returns ``last_hidden_state`` [B, T, d].
+        trunk: a Hugging Face model that returns ``last_hidden_state`` [B, T, d]. ``Unadapted``, it is another scalar
+            model's, whose adapters this one does not see.
         head: d → n, weights drawn with SD 1/√(d+1) and bias 0 (Stiennon et al. 2020, app. B.1).
         shift: [n], subtracted from what each head says; set so that demonstrations score 0 on average, by every head
             (InstructGPT §C.2).
@@ -36,9 +39,11 @@ class ScalarModel(nn.Module):
 
     shift: Tensor
 
-    def __init__(self, trunk: PreTrainedModel, generator: torch.Generator | None = None, *, heads: int = 1) -> None:
+    def __init__(
+        self, trunk: PreTrainedModel | Unadapted, generator: torch.Generator | None = None, *, heads: int = 1
+    ) -> None:
         super().__init__()
-        self.trunk = trunk
+        self.trunk: PreTrainedModel = trunk
         width = int(trunk.config.hidden_size)
         self.head = nn.Linear(width, heads)
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(width + 1), generator=generator)
@@ -70,8 +75,8 @@ class ScalarModel(nn.Module):
         return self.numbers(hidden[:, batch.prompt_length - 1 : -1]).mean(-1)
 
     def numbers(self, hidden: Tensor) -> Tensor:
-        """What the heads say of hidden states [..., d]: [..., n]."""
-        return cast(Tensor, self.head(hidden)) - self.shift
+        """What the heads say, in full precision, of hidden states [..., d]: [..., n]."""
+        return cast(Tensor, self.head(hidden.float())) - self.shift
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:
@@ -80,9 +85,17 @@ class ScalarModel(nn.Module):
             weight.mul_(factor)
 
     @torch.no_grad()
-    def merged(self) -> "ScalarModel":
-        """A copy with one head that says the mean of these heads, exactly: they are linear."""
-        merged = ScalarModel(copy.deepcopy(self.trunk))
+    def on(self, trunk: PreTrainedModel | Unadapted) -> "ScalarModel":
+        """A copy of these heads on another trunk."""
+        other = ScalarModel(trunk, heads=self.heads)
+        other.head.load_state_dict(self.head.state_dict())
+        other.shift.copy_(self.shift)
+        return other.train(self.training)
+
+    @torch.no_grad()
+    def merged(self, trunk: PreTrainedModel | None = None) -> "ScalarModel":
+        """One head that says the mean of these heads, exactly: they are linear. On ``trunk``, or a copy of this one."""
+        merged = ScalarModel(copy.deepcopy(self.trunk) if trunk is None else trunk)
         merged.head.weight.copy_(self.head.weight.mean(0, keepdim=True))
         merged.head.bias.copy_(self.head.bias.mean(0, keepdim=True))
         merged.shift.copy_(self.shift.mean(0, keepdim=True))
@@ -103,11 +116,16 @@ def scalar_model_from(
 
 
 def save_reward_model(model: ScalarModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write the trunk (config.json, model.safetensors), the heads (head.safetensors) and the tokenizer files."""
-    model.trunk.save_pretrained(directory)
-    head = {"weight": model.head.weight, "bias": model.head.bias, "shift": model.shift}
-    save_file({name: tensor.detach().contiguous() for name, tensor in head.items()}, directory / HEAD_FILE)
-    tokenizer.save_pretrained(directory)
+    """Write the trunk (config.json, model.safetensors), the heads (head.safetensors) and the tokenizer files.
+
+    As with ``train.models.save_policy``, adapters are added up, and of several processes the first writes.
+    """
+    save_plain(model.trunk, directory)
+    tensors = {"weight": model.head.weight, "bias": model.head.bias, "shift": model.shift}
+    head = {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
+    if Ranks.current().first:
+        save_file(head, directory / HEAD_FILE)
+        tokenizer.save_pretrained(directory)
 
 
 def load_reward_model(directory: Path) -> ScalarModel:

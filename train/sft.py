@@ -73,7 +73,7 @@ def run(
     pad_id = pad_id_of(tokenizer)
     _check(demonstrations, int(policy.config.max_position_embeddings))
     _set_dropout(policy, settings.dropout)
-    ranks.shard(device.prepare(adapt(policy, lora, seed=seed))).train()
+    device.prepare(ranks.shard(adapt(policy, lora, seed=seed))).train()
     optimizer = adamw(policy, settings.learning_rate)
 
     # 2. Every demonstration once per epoch, in a new order each time.

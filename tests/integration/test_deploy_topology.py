@@ -30,7 +30,7 @@ from deploy.registry import Registry
 from feedback.embedded import start_or_join
 from feedback.store import DURABLE
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.topology]
 
 PROMETHEUS = ROOT / "deploy" / "prometheus"
 SCRAPE_SECONDS = 1

@@ -1,7 +1,7 @@
 """A trained policy of any family is served by vLLM as transformers computes it: greedy completions are equal.
 
 The suite serves a tied Llama everywhere else; of the other families the default run starts two, ``make test-models``
-all.
+the rest.
 """
 
 import shutil

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from train import pretrain
 from train.batches import TokenStream
+from train.distributed import Ranks
 from train.progress import Progress, silent
 from train.settings import PretrainSettings
 from train.tinyworld import corpus, tokenizer
@@ -61,19 +62,25 @@ def base_model(home: Path, settings: PretrainSettings, *, seed: int, progress: P
     """The directory of the base model, ``home``/base-<digest>; pretrained first where it does not exist yet."""
     vocabulary = tokenizer.build()
     directory = home / f"base-{_digest(vocabulary, settings, seed)}"
-    if directory.exists():
+    ranks = Ranks.current()
+    if ranks.from_first(directory.exists):
         return directory
-    unfinished = home / f".tmp-{os.getpid()}-{directory.name}"
+    unfinished = home / ranks.from_first(lambda: f".tmp-{os.getpid()}-{directory.name}")
     unfinished.mkdir(parents=True, exist_ok=True)
     tokens = settings.steps * settings.batch_size * settings.sequence_length
     text = web_text(vocabulary, tokens, settings.sequence_length, seed)
     metrics = pretrain.run(
         settings, text, vocabulary, model_config(vocabulary), unfinished, seed=seed, progress=progress
     )
-    (unfinished / METRICS_FILE).write_text(json.dumps(metrics, indent=1))
+    if ranks.first:
+        (unfinished / METRICS_FILE).write_text(json.dumps(metrics, indent=1))
+    return ranks.from_first(lambda: _put(unfinished, directory))
+
+
+def _put(unfinished: Path, directory: Path) -> Path:
     try:
         unfinished.rename(directory)
-    except OSError:  # another process finished the same model first
+    except OSError:  # another run finished the same model first
         if not directory.exists():
             raise
         shutil.rmtree(unfinished)

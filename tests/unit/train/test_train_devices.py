@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed_stages import prepare, run_ppo, run_reward_model
+from safetensors.torch import load_file
 from tiny_policies import EOS, FAMILIES, saved_policy, tiny_policy
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -118,6 +120,31 @@ def test_demonstrations_are_learnt_in_half_precision(tmp_path: Path) -> None:
     }
     assert losses[CPU] < 0.05 and losses[HALF] == pytest.approx(losses[CPU], abs=0.02)
     assert {weight.dtype for weight in load_policy(tmp_path / "out").parameters()} == {torch.float32}
+
+
+def test_reward_models_and_policies_learn_in_half_precision(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    exact_fit, half_fit = (
+        run_reward_model(tmp_path / f"fit-{device.autocast}", device=device) for device in (CPU, HALF)
+    )
+    assert half_fit["loss"] == pytest.approx(exact_fit["loss"], rel=0.05) and half_fit["loss"] != exact_fit["loss"]
+    assert half_fit["shares_prompts"] == 1.0  # which is tried in full precision
+    exact_run, half_run = (run_ppo(tmp_path / f"run-{device.autocast}", device=device) for device in (CPU, HALF))
+    assert half_run["score_sd"] == pytest.approx(exact_run["score_sd"], rel=0.02)
+    assert half_run["ptx_loss"] == pytest.approx(exact_run["ptx_loss"], rel=0.02)
+    weights = list(load_policy(tmp_path / "run-torch.bfloat16").parameters())
+    assert {weight.dtype for weight in weights} == {torch.float32}
+    assert not any(weight.equal(weight.bfloat16().float()) for weight in weights)  # nor were they rounded on the way
+
+
+def test_reward_models_and_policies_learn_the_same_from_checkpointed_activations(tmp_path: Path) -> None:
+    prepare(tmp_path)
+    for device in (CPU, Device(checkpointed=True)):
+        run_reward_model(tmp_path / f"fit-{device.checkpointed}", device=device)
+        run_ppo(tmp_path / f"run-{device.checkpointed}", device=device)
+    for stage, tolerance in (("run", 0.0), ("fit", 1e-4)):  # rankings then share no prompts, which rounds otherwise
+        plain, checkpointed = (load_file(tmp_path / f"{stage}-{kept}" / "model.safetensors") for kept in (False, True))
+        assert all(torch.allclose(checkpointed[name], plain[name], rtol=0, atol=tolerance) for name in plain)
 
 
 def test_a_batch_is_placed_whole() -> None:

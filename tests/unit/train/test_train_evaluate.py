@@ -14,7 +14,7 @@ from train import completed, evaluate
 from train.batches import RankedPrompt, TokenStream
 from train.models import load_policy
 from train.probes import Probe
-from train.reward_model import score_sequences
+from train.reward_model import score_completions
 from train.scalar_model import load_reward_model, save_reward_model, scalar_model_from
 from train.settings import EvaluateSettings
 from train.world import World
@@ -82,9 +82,9 @@ def test_a_policy_is_its_own_reference_and_is_measured_as_counted(
     assert numbers["eos_share"] == sum(completion[-1] == EOS for completion in completions) / 6
     assert numbers["completion_tokens"] == sum(map(len, completions)) / 6
     assert numbers["gold"] == (3 + 2 + 4 + 2 + 1) / 5
-    sequences = [(*one.prompt_ids, *rest) for one, rest in zip(kept, completions, strict=True)]
+    answered = [(one.prompt_ids, rest) for one, rest in zip(kept, completions, strict=True)]
     with torch.no_grad():
-        scores = score_sequences(load_reward_model(reward_model_dir), sequences, PAD)
+        scores = score_completions(load_reward_model(reward_model_dir), answered, PAD)
         rows = stream.take(40)
         loss = load_policy(policy_dir)(input_ids=rows, labels=rows).loss.item()
     assert [one.score for one in kept] == pytest.approx(scores.tolist(), abs=1e-5)
@@ -130,7 +130,9 @@ def test_every_number_the_gates_ask_for_is_there(policy_dir: Path, reward_model_
 
 def test_a_reward_model_is_right_about_what_it_scores_higher(reward_model_dir: Path) -> None:
     with torch.no_grad():
-        a, b = score_sequences(load_reward_model(reward_model_dir), [(3, 4, EOS), (3, 5, EOS)], PAD).tolist()
+        a, b = score_completions(
+            load_reward_model(reward_model_dir), [((3,), (4, EOS)), ((3,), (5, EOS))], PAD
+        ).tolist()
     agreed = ((0, 1),) if a > b else ((1, 0),)
     agreeing = RankedPrompt((3,), ((4, EOS), (5, EOS)), agreed)
     contrary = RankedPrompt((3,), ((4, EOS), (5, EOS)), (agreed[0][::-1],))

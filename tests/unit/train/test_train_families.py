@@ -12,7 +12,7 @@ from deploy.registry import Registry
 from deploy.versions import Draft, VersionKind
 from train.batches import collate
 from train.models import completion_logits, load_policy, load_tokenizer, pad_id_of
-from train.reward_model import score_sequences
+from train.reward_model import score_completions
 from train.sampling import greedy
 from train.scalar_model import load_reward_model
 
@@ -43,7 +43,7 @@ def test_a_policy_of_any_family_is_trained_and_published(family: str, tmp_path: 
             assert torch.allclose(padded[row, : len(completion)], alone, atol=1e-4)
             assert completion == tuple(alone.argmax(1).tolist())
         scorer = load_reward_model(tmp_path / "reward_model")
-        sequences = [(*ranked.prompt_ids, *completion) for ranked in RANKED for completion in ranked.completions]
-        together = score_sequences(scorer, sequences, pad_id)
-        alone = torch.cat([score_sequences(scorer, [sequence], pad_id) for sequence in sequences])
+        answered = [(ranked.prompt_ids, completion) for ranked in RANKED for completion in ranked.completions]
+        together = score_completions(scorer, answered, pad_id)
+        alone = torch.cat([score_completions(scorer, [one], pad_id) for one in answered])
         assert torch.allclose(together, alone, atol=1e-4)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from train import sft
 from train.batches import Demonstrated, collate
+from train.devices import CPU, Device
 from train.errors import ModelUnusable
 from train.lora import Unadapted, adapt, learning, plain_weights
 from train.models import completion_logits, load_policy, save_policy
@@ -58,6 +59,16 @@ def test_what_is_saved_is_a_plain_model_that_computes_the_same(family: str, tmp_
     assert {name for name, _ in saved.named_parameters()} == {name for name, _ in plain.named_parameters()}
     assert torch.allclose(completion_logits(saved, BATCH), completion_logits(policy, BATCH), atol=1e-5)
     assert set(plain_weights(plain)) == {name for name, _ in plain.named_parameters()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_learn_the_same_from_checkpointed_activations(family: str) -> None:
+    gradients = []
+    for device in (CPU, Device(checkpointed=True)):
+        policy = device.prepare(_adapted(family))
+        torch.autograd.backward(sft.completion_loss(policy, BATCH))
+        gradients.append([weight.grad for _, weight in learning(policy)])
+    assert all(ours.equal(expected) for ours, expected in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

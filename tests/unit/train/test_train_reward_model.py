@@ -21,7 +21,6 @@ from train.reward_model import (
     measure_pairs,
     parts,
     score_completions,
-    score_sequences,
     set_shift,
     with_mean_weight_1,
 )
@@ -102,7 +101,8 @@ def test_scores_come_in_the_order_given_and_as_if_alone(monkeypatch: pytest.Monk
     model = scalar_model_from(tiny_policy())
     sequences = [(2, 3, 4, 5, 6, 7), (8,), (9, 10), (2,) * 12, (3, 3, 3), (4, 5)]
     expected = [score(model, sequence[:1], sequence[1:]) for sequence in sequences]
-    assert score_sequences(model, sequences, PAD).tolist() == pytest.approx(expected, abs=1e-5)
+    answered = [((), sequence) for sequence in sequences]
+    assert score_completions(model, answered, PAD).tolist() == pytest.approx(expected, abs=1e-5)
 
 
 @torch.no_grad()

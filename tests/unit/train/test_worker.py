@@ -1,3 +1,4 @@
+import asyncio
 import json
 import logging
 from pathlib import Path
@@ -7,7 +8,7 @@ import torch
 
 from train.run_progress import RunProgress
 from train.settings import WorkerSettings
-from train.worker import failure, is_due
+from train.worker import failure, is_due, meanwhile
 
 SETTINGS = WorkerSettings(min_new_comparisons=100, interval_seconds=3600)
 
@@ -45,3 +46,29 @@ def test_memory_that_ran_out_is_called_that() -> None:
     assert (
         failure(RuntimeError("CUDA error: an illegal access\nstack")) == "RuntimeError: CUDA error: an illegal access"
     )
+
+
+async def test_what_is_done_meanwhile_is_let_end() -> None:
+    began, ended = 0, 0
+
+    async def work() -> bool:
+        nonlocal began, ended
+        began += 1
+        await asyncio.sleep(0.05)
+        ended += 1
+        return True
+
+    async with meanwhile(work, 0.01):
+        await asyncio.sleep(0.2)
+    assert began == ended > 1
+    await asyncio.sleep(0.1)
+    assert began == ended, "nothing is done afterwards"
+
+    async def once() -> bool:
+        nonlocal began
+        began += 1
+        return False
+
+    async with meanwhile(once, 0.01):
+        await asyncio.sleep(0.1)
+    assert began == ended + 1
