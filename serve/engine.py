@@ -10,6 +10,7 @@ import contextlib
 import functools
 import logging
 import math
+import os
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextvars import ContextVar
@@ -176,8 +177,7 @@ class Engine:
     """Completion requests being served now; the fleet drains on it."""
 
     def __init__(self, llm: _RecordingLLM, metrics: CollectorRegistry, settings: ServeSettings) -> None:
-        self.metrics = metrics
-        """VLLM's own metrics of this engine."""
+        self.metrics = metrics  # vLLM's own, of this engine
         self._llm = llm
         self._settings = settings
         self._state = State()
@@ -187,8 +187,7 @@ class Engine:
         self.version = version.number
         self.model_id = model_id
         self.created = version.manifest.created.timestamp()
-        self.tokenizer = version.tokenizer_digest
-        """Names the tokenizer of recorded token ids."""
+        self.tokenizer = version.tokenizer_digest  # of recorded token ids
         named = BaseModelPath(name=model_id, model_path=str(version.path))
         self._state.openai_serving_models.base_model_paths[:] = [named]  # vLLM's registry shares the list
 
@@ -221,6 +220,7 @@ class Engine:
             await init_app_state(llm, engine._state, arguments, await llm.get_supported_tasks())
             engine._became(version, model_id)
             await llm.update_weight_version(str(version.number))
+            await llm.collective_rpc("end_with", args=(os.getpid(),))
             if current_platform.is_cpu():  # where a token is so cheap that its log-prob counts
                 await llm.collective_rpc("record_cheaply")
             if not await engine.probe(settings.engine_start_timeout_seconds):

@@ -1,4 +1,4 @@
-"""What of ours runs inside vLLM's engine process: the exchange of weights, and cheap log-probs.
+"""What of ours runs inside vLLM's engine process: the exchange of weights, its end, and cheap log-probs.
 
 ``PolicyWorker`` exchanges a running engine's weights for another version's, all or nothing.
 
@@ -11,6 +11,11 @@ it goes on answering with the old weights.
 does, and with the rank that it counts for each, they cost a small model's engine a fifth of its time.
 """
 
+import contextlib
+import os
+import select
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +53,16 @@ class PolicyWorker:
             raise ValueError(f"weights are not finite: {', '.join(sorted(infinite)[:5])}")
         self.reload_weights(weights_iterator=iter(staged.items()))
         self._pack_tied_output_layer()
+
+    def end_with(self, server: int) -> None:
+        """End as soon as the process ``server`` has: vLLM's engine would outlive a server that is killed."""
+
+        def wait() -> None:
+            with contextlib.suppress(ProcessLookupError):  # it has ended already
+                select.select([os.pidfd_open(server)], [], [])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        threading.Thread(target=wait, daemon=True).start()
 
     def record_cheaply(self) -> None:
         """From now on a log-prob of the sampled token alone is just looked up, without its rank in the vocabulary."""

@@ -294,7 +294,7 @@ async def test_records_appended_while_the_log_is_copied_are_in_it(
             acknowledged.append((await store.append(record)).stream_id)
             number += 1
 
-    writers = [asyncio.create_task(writer(name)) for name in range(8)]
+    writers = [asyncio.create_task(writer(name)) for name in range(3)]
     await asyncio.sleep(0.05)
     before = len(acknowledged)
     await erase(store, "alice", state_dir / "archive", by="root")

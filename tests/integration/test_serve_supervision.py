@@ -111,3 +111,13 @@ def test_an_engine_whose_weights_went_bad_is_replaced(server: RunningServer) -> 
     assert httpx2.get(f"{server.url}/ready", timeout=20).status_code == 503
     server.wait_ready()
     assert answer(server).json()["choices"] == before
+
+
+def test_an_engine_does_not_outlive_a_server_that_is_killed(server: RunningServer) -> None:
+    engine = Path(f"/proc/{engine_process(server)}")
+    server.process.kill()
+    server.process.wait(10)
+    deadline = time.monotonic() + 10
+    while engine.exists():
+        assert time.monotonic() < deadline, "the engine goes on without a server, with all its memory"
+        time.sleep(0.05)
