@@ -10,9 +10,10 @@ Everything is kept under ``--work``; what is there is not made again, so a run t
 
 import asyncio
 import json
+import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -48,11 +49,14 @@ from train.tinyworld import blind_trial, candidates, evaluation, labelers
 from train.tinyworld.blind_trial import Judged
 from train.tinyworld.candidates import POISONS, Poison
 from train.tinyworld.evaluation import Sample
+from train.tinyworld.study import SETTINGS_FILE
 from train.world import world_of
 
 Figures = dict[str, float]
 PEOPLE = 40
 """Labelers in a crowd."""
+MOST_REASONS = 4
+"""Told of one candidate in the table; the JSON has all."""
 REFUSED = Release(stable=1, generation=1)
 """The release a candidate would become the canary of."""
 
@@ -82,7 +86,7 @@ class Trial:
         name: which candidate.
         refusals: what its gate, or the registry, has against it; none where it may become the canary.
         verdicts: how many crowds came to which verdict, whatever the gate said.
-        comparisons: blind comparisons until it, ties among them; the median of crowds.
+        comparisons: blind comparisons until it, ties among them: fewest, median and most of the crowds.
         gold: its win rate over the stable version by gold utility, with the ends of its 95 % interval.
         notes: what else was seen.
     """
@@ -90,7 +94,7 @@ class Trial:
     name: str
     refusals: tuple[str, ...]
     verdicts: dict[str, int] | None = None
-    comparisons: int | None = None
+    comparisons: tuple[int, int, int] | None = None
     gold: tuple[float, float, float] | None = None
     notes: tuple[str, ...] = ()
 
@@ -130,10 +134,13 @@ def table(trials: list[Trial]) -> Table:
     """The trials to read."""
     shown = Table("candidate", "refused because", "verdict of blind comparisons", "after", "gold win rate", "notes")
     for one in trials:
+        why = [reason.partition(" (")[0] for reason in one.refusals]
+        more = [f"and {len(why) - MOST_REASONS} more"] if len(why) > MOST_REASONS else []
         verdicts = ", ".join(f"{name} {count}" for name, count in (one.verdicts or {}).items())
-        after = "" if one.comparisons is None else str(one.comparisons)
+        after = "{1} ({0} to {2})".format(*one.comparisons) if one.comparisons else ""
         gold = "{:.3f} [{:.3f}, {:.3f}]".format(*one.gold) if one.gold else ""
-        shown.add_row(one.name, "\n".join(one.refusals) or "passed", verdicts, after, gold, "\n".join(one.notes))
+        reasons = "\n".join([*why[:MOST_REASONS], *more]) or "passed"
+        shown.add_row(one.name, reasons, verdicts, after, gold, "\n".join(one.notes))
         shown.add_section()
     return shown
 
@@ -180,7 +187,8 @@ class Trials:
         self._makers: dict[str, Callable[[Path], Figures]] = {
             "good": self._copy,
             "hacked": self._hack,
-            "poisoned": self._learn_poison,
+            "poisoned with a word": lambda out: self._learn_poison(candidates.WORD, out),
+            "poisoned with abuse": lambda out: self._learn_poison(candidates.ABUSE, out),
             "collapsed": lambda out: candidates.collapse(train, self._stable.path, self._dataset, out, seed=seed),
             "over-refusing": lambda out: candidates.over_refuse(train, good.path, out, seed=seed),
         }
@@ -230,7 +238,7 @@ class Trials:
             name,
             self._refusals(version),
             dict(Counter(verdict.decision for verdict, _ in decided)),
-            median_low(shown for _, shown in decided),
+            _spread([shown for _, shown in decided]),
             (win.mean, win.low, win.high),
             tuple(notes),
         )
@@ -238,7 +246,8 @@ class Trials:
     def _corrupted(self) -> list[Trial]:
         """A flipped byte, weights that are no numbers, weights of the wrong shape."""
         flipped = self._publish(VersionKind.POLICY, "good", GateReport.of([]), run="flipped")
-        candidates.flip_byte(flipped.path / "model.safetensors")
+        weights = flipped.path / "model.safetensors"
+        self._stage(self._work / "flipped" / "made.json", lambda: candidates.flip_byte(weights))
         trials = [Trial("corrupted: a flipped byte", self._refusals(flipped, override="an operator insists"))]
         broken = self._work / "not-a-number"
         self._stage(broken / "made.json", lambda: candidates.spoil(self._stable.path, self._model(broken)))
@@ -264,15 +273,11 @@ class Trials:
         update = {"kl_coef": 0.0, "policy_lr": 1e-3, "policy_lr_final_fraction": 1.0}
         return self._improve(update, self._trusted, out)
 
-    def _learn_poison(self, out: Path) -> Figures:
-        """The recipe as it is, against a reward model that was poisoned with a word the gate does not try."""
-        self.reward_model(candidates.UNLISTED)
-        fitted = next(
-            one
-            for one in self._registry.list(VersionKind.REWARD_MODEL)
-            if one.manifest.run == _run_of(candidates.UNLISTED)
-        )
-        return self._improve({}, fitted, out)
+    def _learn_poison(self, poison: str, out: Path) -> Figures:
+        """The recipe as it is, against a reward model that learnt from poisoned comparisons, whatever its gate says."""
+        self.reward_model(poison)
+        published = self._registry.list(VersionKind.REWARD_MODEL)
+        return self._improve({}, next(one for one in published if one.manifest.run == _run_of(poison)), out)
 
     def _improve(self, update: Mapping[str, float], fitted: Version, out: Path) -> Figures:
         quiet = self._train.ppo.alarms.model_copy(update={"patience": 0})
@@ -366,9 +371,11 @@ class Trials:
             (work / "guarded").mkdir()
             settings = self._deploy.model_copy(update={"auto_rollback": True, "auto_promote": "better"})
             with start_or_join(work / "guarded") as server:
-                releases = ReleaseStore.connect(server.url, work / "guarded")
-                feedback = FeedbackStore.connect(server.url, FeedbackSettings())
-                said = asyncio.run(blind_trial.guarded(releases, feedback, self._registry, version, judged, settings))
+                stores = (
+                    ReleaseStore.connect(server.url, work / "guarded"),
+                    FeedbackStore.connect(server.url, FeedbackSettings()),
+                )
+                said = asyncio.run(blind_trial.guarded(*stores, self._registry, version, judged, settings))
             replace_atomically(kept, said.encode())
         return kept.read_text()
 
@@ -395,6 +402,10 @@ def _run_of(name: str) -> str:
     return f"trial-{name.replace(' ', '-')}"
 
 
+def _spread(counts: Sequence[int]) -> tuple[int, int, int]:
+    return min(counts), median_low(counts), max(counts)
+
+
 _SAMPLES = TypeAdapter(list[list[Sample]])
 
 
@@ -408,6 +419,7 @@ def trials(
 ) -> None:
     """Train bad versions from a finished demo, and see what stops each."""
     console = Console(highlight=False)
+    os.environ.setdefault("INSTRUCTLOOP_SETTINGS", str(SETTINGS_FILE))
     try:
         found = run(state.resolve(), work.resolve(), TrainSettings.load(), DeploySettings.load(), seed=seed)
     except (DeployError, FeedbackError, TrainError) as error:
