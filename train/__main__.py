@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +37,7 @@ from train import ppo as ppo_stage
 from train import report as version_report
 from train import reward_model as reward_model_stage
 from train import sft as sft_stage
+from train import side_by_side
 from train.datasets import Dataset, build
 from train.devices import Device
 from train.distributed import Ranks, joined
@@ -208,25 +209,33 @@ def evaluate(
     policy: int,
     reference: Annotated[int, typer.Option(help="Policy version that KL is measured to.")] = 1,
     reward_model: Annotated[int | None, typer.Option(help="Reward model version, for the score.")] = None,
-    seed: Seed = 0,
+    against: Annotated[int | None, typer.Option(help="Policy version to compare it with: adds win rates.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Of the sampling; repeat for means over several.")] = None,
 ) -> None:
     """Measure a policy version on the log's held-out prompts, as the gate does, and print the numbers as JSON."""
     loop: _Loop = context.obj
     with _refusing(), _shown() as progress:
-        settings, version = loop.settings(), loop.registry.get(VersionKind.POLICY, policy)
+        settings, get = loop.settings(), partial(loop.registry.get, VersionKind.POLICY)
+        version, other = get(policy), None if against is None else get(against)
         scorer = None if reward_model is None else loop.registry.get(VersionKind.REWARD_MODEL, reward_model).path
         tokenizer = load_tokenizer(version.path)
-        metrics = evaluation.run(
-            settings.evaluate,
-            version.path,
-            _dataset(loop, version, settings).held_out_prompt_ids,
-            reference_dir=loop.registry.get(VersionKind.POLICY, reference).path,
-            reward_model_dir=scorer,
-            pretraining=held_out_text(settings, tokenizer),
-            seed=seed,
-            world=world_of(settings, tokenizer),
-            progress=progress,
-        )
+        prompts, world = _dataset(loop, version, settings).held_out_prompt_ids, world_of(settings, tokenizer)
+
+        def measure(one: Version, run: int, kept: Path) -> dict[str, float]:
+            return evaluation.run(
+                settings.evaluate,
+                one.path,
+                prompts,
+                reference_dir=get(reference).path,
+                reward_model_dir=scorer,
+                pretraining=held_out_text(settings, tokenizer),
+                seed=run,
+                world=world,
+                completions=kept,
+                progress=progress,
+            )
+
+        metrics = side_by_side.run(measure, version, other, seed or [0], _in_force(loop) if other else ())
     _print(metrics)
 
 
@@ -265,9 +274,7 @@ def report(context: typer.Context, number: int) -> None:
     """Write the report of a policy version, with the labelers' win rate of the log as it is now; print its path."""
     loop: _Loop = context.obj
     with _refusing():
-        entries, _ = _read_log(loop)
-        comparisons = in_force(entry.record for entry in entries if isinstance(entry.record, Comparison)).ordinary
-        page = version_report.write(loop.registry, number, loop.loop.state / "runs", comparisons=comparisons)
+        page = version_report.write(loop.registry, number, loop.loop.state / "runs", comparisons=_in_force(loop))
     typer.echo(str(page))
 
 
@@ -353,6 +360,12 @@ def _read_log(loop: _Loop, cursor: str | None = None) -> tuple[list[LogEntry], l
 
     with connect_url(loop.loop) as url:
         return asyncio.run(read(url))
+
+
+def _in_force(loop: _Loop) -> Sequence[Comparison]:
+    """The labelers' comparisons that count, of the log as it is now."""
+    entries, _ = _read_log(loop)
+    return in_force(entry.record for entry in entries if isinstance(entry.record, Comparison)).ordinary
 
 
 @contextmanager

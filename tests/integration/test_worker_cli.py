@@ -80,6 +80,9 @@ def test_the_stages_by_hand(train: Callable[..., Result], loop: Loop, tmp_path: 
     assert abs(figures["kl_to_reference"]) < 1e-4, "the reference measured against itself"
     assert figures["nonfinite_weights"] == 0
     assert measured.stderr == "", "no bars where nobody looks"
+    beside = train("evaluate", "1", "--against", "1", "--seed", "3", "--seed", "4")
+    assert beside.exit_code == 0, beside.output
+    assert json.loads(beside.stdout).keys() >= figures.keys()
     assert train("evaluate", "7").exit_code == 1
     assert train("evaluate", "seven").exit_code == 2
 
