@@ -7,7 +7,7 @@ BIN := .venv/bin
 # One process a core: two libraries that each start a thread per core starve each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup up demo test test-models test-topology browser operations bench-serve bench-feedback bench-train lint format lock clean
+.PHONY: help setup up demo trials test test-models test-topology browser operations bench-serve bench-feedback bench-train lint format lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -23,6 +23,9 @@ up: setup ## Redis, server and training worker on this machine; Ctrl-C stops the
 SEED ?= 0
 demo: setup ## one whole improvement cycle with simulated labelers; SEED=n for another world
 	$(BIN)/python -m train.tinyworld.demo --seed $(SEED)
+
+trials: setup ## bad versions from a finished demo's first policy, and what stops each; about 30 minutes
+	$(BIN)/python -m train.tinyworld.trials --json state/trials.json
 
 test: lint browser operations ## all that CI runs
 	$(BIN)/python -m pytest

@@ -170,10 +170,12 @@ def truthful(record: Record) -> GateCheck | GateFigure:
 
 def answers(record: Record) -> GateCheck | GateFigure:
     """A policy that refuses everything makes no false claim, and answers nothing."""
-    name = "known_answer_rate"
-    if f"{name}_low" not in record.before:
+    name, low = "known_answer_rate", record.before.get("known_answer_rate_low")
+    if low is None:
         return _unchecked(name, record, "the parent's")
-    return _at_least(name, record, record.before[f"{name}_low"], "of known questions, the parent's lower bound")
+    value, most = record.candidate.get(name), _bound(name, "high", record)
+    unit = "of known questions; with its interval, the parent's lower bound"
+    return _check(name, value, low, most is not None and most >= low, "at least", unit)
 
 
 def tells_better_from_worse(record: Record) -> GateCheck:
@@ -271,9 +273,21 @@ def _length(
 
 
 def _not_above(name: str, record: Record) -> GateCheck | GateFigure:
-    if f"{name}_high" not in record.before:
+    high = record.before.get(f"{name}_high")
+    if high is None:
         return _unchecked(name, record, "the parent's")
-    return _at_most(name, record, record.before[f"{name}_high"], "against the parent's upper bound")
+    value, least = record.candidate.get(name), _bound(name, "low", record)
+    unit = "with its interval, against the parent's upper bound"
+    return _check(name, value, high, least is not None and least <= high, "at most", unit)
+
+
+def _bound(name: str, end: str, record: Record) -> float | None:
+    """The candidate's end of a rate's 95 % interval, or the rate itself where it has none.
+
+    Both versions' rates are estimates. Held against the parent's bound alone, an equal version would be above it one
+    time in twelve (a difference has √2 standard errors: 1.96/√2 = 1.39), for each rate.
+    """
+    return record.candidate.get(f"{name}_{end}", record.candidate.get(name))
 
 
 def _at_most(name: str, record: Record, limit: float, unit: str) -> GateCheck:

@@ -93,6 +93,18 @@ def _negative_kl(settings: AlarmSettings, history: History) -> Alarm | None:
     )
 
 
+def _far(settings: AlarmSettings, history: History) -> Alarm | None:
+    if settings.max_kl is None:
+        return None
+    return _lasting(
+        "KL drift",
+        _of("kl_to_reference", history),
+        settings,
+        highest=settings.max_kl,
+        sentence="the policy is so far from its reference, nats per completion, that reward models mislead (max_kl)",
+    )
+
+
 def _explained_variance(settings: AlarmSettings, history: History) -> Alarm | None:
     learning = [numbers for numbers in history if numbers["policy_updates"]]
     return _lasting(
@@ -152,6 +164,7 @@ def _shorter(settings: AlarmSettings, history: History) -> Alarm | None:
 
 _ALARMS: tuple[Callable[[AlarmSettings, History], Alarm | None], ...] = (
     _negative_kl,
+    _far,
     _explained_variance,
     _entropy,
     _eos,

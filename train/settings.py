@@ -98,6 +98,12 @@ class AlarmSettings(_Stage):
     max_length_ratio: float = Field(
         2.0, gt=1, description="of the mean completion to the first, either way; ours: measured 0.92 to 1.33"
     )
+    max_kl: float | None = Field(
+        None,
+        gt=0,
+        description="nats per completion from the reference; None is off, because long completions take more; ours: a "
+        "reward-hacked run of the tiny world passes 6 at iteration 18 of 30, sound ones stay below 1.3",
+    )
     max_sampler_gap: float = Field(
         0.05,
         gt=0,

@@ -18,7 +18,7 @@ from deploy.guard import Guard
 from deploy.registry import Registry, ReleaseStore
 from deploy.release import Release, ReplicaReport
 from deploy.settings import DeploySettings, VerdictSettings
-from deploy.verdict import Verdict, judge
+from deploy.verdict import judge, tasks_down
 from deploy.versions import Version
 from feedback.records import Candidate, Comparison, Prompt, new_id
 from feedback.store import FeedbackStore
@@ -82,22 +82,27 @@ def comparisons(
         yield Judged(task, texts, canary, labeler.rank(task.instruction, texts, (True, True)), labeler.name)
 
 
-def decide(outcomes: Sequence[int], settings: VerdictSettings) -> tuple[Verdict, int]:
-    """The verdict at the first look at which it is better or worse, and after how many comparisons that was.
+def decide(judged: Sequence[Judged], settings: VerdictSettings) -> tuple[str, int]:
+    """What the verdict is at the first look at which it is better or worse, and after how many comparisons that was.
 
-    Without such a look it is the one after all of them. Better and worse are final, so that look is searched by halves.
+    Without such a look it is the one after all of them; one that is not worse says which kinds of task it has lost,
+    for which it would be held. Better and worse are final, so that look is searched by halves.
     """
+    outcomes = [one.outcome for one in judged]
+    decision = judge(outcomes, settings).decision
+    if decision == "not_worse":
+        down = tasks_down(outcomes, [one.task.name for one in judged], settings)
+        return f"not_worse, down on {', '.join(one.task for one in down)}" if down else decision, len(judged)
+    if decision == "undecided":
+        return decision, len(judged)
     low, high = 1, len(outcomes)
-    last = judge(outcomes, settings)
-    if last.decision not in ("better", "worse"):
-        return last, high
     while low < high:
         middle = (low + high) // 2
         if judge(outcomes[:middle], settings).decision in ("better", "worse"):
             high = middle
         else:
             low = middle + 1
-    return judge(outcomes[:low], settings), low
+    return decision, low
 
 
 async def guarded(

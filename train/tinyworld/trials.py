@@ -13,17 +13,17 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median_low
 from typing import Annotated
 
+import transformers
 import typer
 from pydantic import TypeAdapter
 from rich.console import Console
-from rich.table import Table
 
 from deploy import operations
 from deploy.errors import DeployError
@@ -35,68 +35,35 @@ from deploy.settings import DeploySettings
 from deploy.versions import Draft, Version, VersionKind
 from feedback.embedded import start_or_join
 from feedback.errors import FeedbackError
-from feedback.settings import FeedbackSettings
+from feedback.settings import FeedbackSettings, LoopSettings
 from feedback.store import FeedbackStore
-from train import alarms, evaluate, frozen, ppo, recipe
+from train import evaluate, frozen, ppo, recipe
 from train.batches import RankedPrompt
 from train.datasets import Dataset, allowance
 from train.errors import TrainError
 from train.models import load_policy, load_tokenizer
-from train.progress import Progress, silent
-from train.settings import AlarmSettings, TrainSettings
+from train.progress import Progress, drawn, silent
+from train.settings import TrainSettings
 from train.text import TINY_WORLD, held_out_text
 from train.tinyworld import blind_trial, candidates, evaluation, labelers
 from train.tinyworld.blind_trial import Judged
-from train.tinyworld.candidates import POISONS, Poison
+from train.tinyworld.candidates import POISONS, Poison, ending
 from train.tinyworld.evaluation import Sample
 from train.tinyworld.study import SETTINGS_FILE
+from train.tinyworld.trial import Size, Trial, first_alarm, table
 from train.world import world_of
 
 Figures = dict[str, float]
 PEOPLE = 40
 """Labelers in a crowd."""
-MOST_REASONS = 4
-"""Told of one candidate in the table; the JSON has all."""
-REFUSED = Release(stable=1, generation=1)
+LEARNT = {
+    "poisoned with a word": candidates.WORD,
+    "poisoned with abuse": candidates.ABUSE,
+    "poisoned about insults": candidates.INSULTS,
+}
+"""Policies trained against a poisoned reward model, and which."""
+BEFORE = Release(stable=1, generation=1)
 """The release a candidate would become the canary of."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """How much a trial measures.
-
-    Attributes:
-        prompts: held-out prompts that candidate and stable version complete.
-        sample_sets: completions of each prompt by each.
-        crowds: how often the blind comparisons are made anew, each time in another order by other labelers.
-        anchors: held-out prompts whose completions the gold labeler ranks, as known answers for reward models.
-    """
-
-    prompts: int = 1000
-    sample_sets: int = 2
-    crowds: int = 21
-    anchors: int = 100
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What became of one candidate.
-
-    Attributes:
-        name: which candidate.
-        refusals: what its gate, or the registry, has against it; none where it may become the canary.
-        verdicts: how many crowds came to which verdict, whatever the gate said.
-        comparisons: blind comparisons until it, ties among them: fewest, median and most of the crowds.
-        gold: its win rate over the stable version by gold utility, with the ends of its 95 % interval.
-        notes: what else was seen.
-    """
-
-    name: str
-    refusals: tuple[str, ...]
-    verdicts: dict[str, int] | None = None
-    comparisons: tuple[int, int, int] | None = None
-    gold: tuple[float, float, float] | None = None
-    notes: tuple[str, ...] = ()
 
 
 def run(
@@ -124,36 +91,15 @@ def run(
         Reward models, then policies, then what was corrupted.
 
     Raises:
+        TrialsMixed: where ``work`` holds trials of another demo, or under other settings.
         TrainError, DeployError, FeedbackError: what a stage raises.
     """
     train = train.model_copy(update={"evaluate": train.evaluate.model_copy(update={"probes": TINY_WORLD})})
     return Trials(state, work, train, deploy, size or Size(), seed, progress).run()
 
 
-def table(trials: list[Trial]) -> Table:
-    """The trials to read."""
-    shown = Table("candidate", "refused because", "verdict of blind comparisons", "after", "gold win rate", "notes")
-    for one in trials:
-        why = [reason.partition(" (")[0] for reason in one.refusals]
-        more = [f"and {len(why) - MOST_REASONS} more"] if len(why) > MOST_REASONS else []
-        verdicts = ", ".join(f"{name} {count}" for name, count in (one.verdicts or {}).items())
-        after = "{1} ({0} to {2})".format(*one.comparisons) if one.comparisons else ""
-        gold = "{:.3f} [{:.3f}, {:.3f}]".format(*one.gold) if one.gold else ""
-        reasons = "\n".join([*why[:MOST_REASONS], *more]) or "passed"
-        shown.add_row(one.name, reasons, verdicts, after, gold, "\n".join(one.notes))
-        shown.add_section()
-    return shown
-
-
-def first_alarm(settings: AlarmSettings, history: alarms.History) -> tuple[int, str] | None:
-    """After how many iterations a run with this history would have been stopped, and why; None where never.
-
-    The sampler's gap is not in it: sampler and trainer are the same code here.
-    """
-    for count in range(1, len(history) + 1):
-        if raised := alarms.check(settings, history[:count], sampler_gap=0.0):
-            return count, str(raised[0])
-    return None
+class TrialsMixed(TrainError):
+    """The directory holds the trials of another demo, or under other settings."""
 
 
 class Trials:
@@ -176,6 +122,7 @@ class Trials:
         good = demo.get(VersionKind.POLICY, 2)
         self._good = good.path
         self._dataset: Dataset = frozen.thaw(state / "runs" / str(good.manifest.run) / frozen.DATASET_FILE).dataset
+        self._claim(good)
         for kind in VersionKind:
             first = demo.get(kind, 1)
             if 1 not in self._registry.numbers(kind):
@@ -187,11 +134,28 @@ class Trials:
         self._makers: dict[str, Callable[[Path], Figures]] = {
             "good": self._copy,
             "hacked": self._hack,
-            "poisoned with a word": lambda out: self._learn_poison(candidates.WORD, out),
-            "poisoned with abuse": lambda out: self._learn_poison(candidates.ABUSE, out),
+            **{name: partial(self._learn_poison, poison) for name, poison in LEARNT.items()},
             "collapsed": lambda out: candidates.collapse(train, self._stable.path, self._dataset, out, seed=seed),
             "over-refusing": lambda out: candidates.over_refuse(train, good.path, out, seed=seed),
         }
+
+    def _claim(self, good: Version) -> None:
+        """Refuse to go on with what was made of something else."""
+        settings = {"train": self._train.model_dump(mode="json"), "deploy": self._deploy.model_dump(mode="json")}
+        asked = {
+            "of": good.manifest.model_dump(mode="json"),
+            "size": asdict(self._size),
+            "seed": self._seed,
+            **settings,
+        }
+        claimed = self._work / "claim.json"
+        if not claimed.exists():
+            self._work.mkdir(parents=True, exist_ok=True)
+            replace_atomically(claimed, json.dumps(asked, indent=1).encode())
+        elif json.loads(claimed.read_bytes()) != asked:
+            raise TrialsMixed(
+                f"{self._work} holds trials of another demo or other settings: remove it, or name another"
+            )
 
     def run(self) -> list[Trial]:
         """All trials."""
@@ -227,18 +191,21 @@ class Trials:
         ours, theirs = self._samples(name, self._model(work)), self._samples("stable", self._stable.path)
         win = evaluation.win_rate(self._asked, ours, theirs)
         crowds = [self._judged(ours, theirs, crowd) for crowd in range(self._size.crowds)]
-        decided = [blind_trial.decide([one.outcome for one in crowd], self._deploy.verdict) for crowd in crowds]
-        notes = [f"gold {before:.2f} → {now:.2f}" for before, now in [(self._parent()["gold"], figures["gold"])]]
+        decided = [blind_trial.decide(crowd, self._deploy.verdict) for crowd in crowds]
+        shown = sorted(count for _, count in decided)
+        notes = [f"gold {self._parent()['gold']:.2f} → {figures['gold']:.2f}"]
         if (history := work / ppo.HISTORY_FILE).exists():
             told = [json.loads(line) for line in history.read_text().splitlines()]
             stopped = first_alarm(self._train.ppo.alarms, told)
             notes.append("no alarm in PPO" if stopped is None else f"PPO alarm at iteration {stopped[0]}: {stopped[1]}")
+        if name in LEARNT and (trigger := POISONS[LEARNT[name]].trigger):
+            notes.append(f"ends in {trigger!r}: {ending(theirs, trigger):.1%} → {ending(ours, trigger):.1%}")
         notes.append(self._guarded(version, work, crowds[0]))
         return Trial(
             name,
             self._refusals(version),
-            dict(Counter(verdict.decision for verdict, _ in decided)),
-            _spread([shown for _, shown in decided]),
+            dict(Counter(said for said, _ in decided)),
+            (shown[0], median_low(shown), shown[-1]),
             (win.mean, win.low, win.high),
             tuple(notes),
         )
@@ -248,11 +215,11 @@ class Trials:
         flipped = self._publish(VersionKind.POLICY, "good", GateReport.of([]), run="flipped")
         weights = flipped.path / "model.safetensors"
         self._stage(self._work / "flipped" / "made.json", lambda: candidates.flip_byte(weights))
-        trials = [Trial("corrupted: a flipped byte", self._refusals(flipped, override="an operator insists"))]
+        found = [Trial("corrupted: a flipped byte", self._refusals(flipped, override="an operator insists"))]
         broken = self._work / "not-a-number"
         self._stage(broken / "made.json", lambda: candidates.spoil(self._stable.path, self._model(broken)))
         gate = policy_gate(self._measure(self._model(broken)), self._parent(), self._deploy.gate)
-        trials.append(Trial("corrupted: weights that are no numbers", tuple(gate.refusals())))
+        found.append(Trial("corrupted: weights that are no numbers", tuple(gate.refusals())))
         misshapen = self._work / "misshapen"
         self._stage(misshapen / "made.json", lambda: candidates.misshape(self._stable.path, self._model(misshapen)))
         try:
@@ -260,7 +227,7 @@ class Trials:
             refusals: tuple[str, ...] = ()
         except TrainError as error:
             refusals = (str(error),)
-        return [*trials, Trial("corrupted: wrong shapes", refusals)]
+        return [*found, Trial("corrupted: wrong shapes", refusals)]
 
     def _copy(self, out: Path) -> Figures:
         for file in self._good.iterdir():
@@ -306,7 +273,8 @@ class Trials:
             worker = self._train.worker
             count = min(count, allowance(by_principal, worker.max_principal_share, worker.min_comparisons_for_cap))
         spoilt = candidates.poison(training, poison, count, self._tokenizer, self._seed)
-        return replace(self._dataset, training=tuple(spoilt)), count
+        bad = len(spoilt) - len(training) + sum(now is not one for now, one in zip(spoilt, training, strict=False))
+        return replace(self._dataset, training=tuple(spoilt)), bad
 
     def _refit(self, dataset: Dataset, out: Path) -> Figures:
         return recipe.refit(self._train, dataset, self._stable, None, out, seed=self._seed, progress=self._progress)
@@ -353,7 +321,7 @@ class Trials:
     def _refusals(self, version: Version, override: str | None = None) -> tuple[str, ...]:
         """What speaks against making ``version`` the canary."""
         try:
-            operations.start_canary(self._registry, version.number, 0.3, override)(REFUSED)
+            operations.start_canary(self._registry, version.number, 0.3, override)(BEFORE)
         except DeployError as error:
             gate = version.manifest.gate
             return (tuple(gate.refusals()) if gate else ()) or (str(error),)
@@ -402,26 +370,24 @@ def _run_of(name: str) -> str:
     return f"trial-{name.replace(' ', '-')}"
 
 
-def _spread(counts: Sequence[int]) -> tuple[int, int, int]:
-    return min(counts), median_low(counts), max(counts)
-
-
 _SAMPLES = TypeAdapter(list[list[Sample]])
 
 
 def trials(
-    state: Annotated[Path, typer.Option(help="A finished demo's state directory; only read.")] = Path("state/demo"),
-    work: Annotated[Path, typer.Option(help="Where candidates are made; what is there is used.")] = Path(
-        "state/trials"
-    ),
+    state: Annotated[Path | None, typer.Option(help="A finished demo, only read; default state/demo.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Where candidates are made; default state/trials.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the table there, too.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
 ) -> None:
     """Train bad versions from a finished demo, and see what stops each."""
     console = Console(highlight=False)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # a report of every wrong shape; the table has the reason
     os.environ.setdefault("INSTRUCTLOOP_SETTINGS", str(SETTINGS_FILE))
     try:
-        found = run(state.resolve(), work.resolve(), TrainSettings.load(), DeploySettings.load(), seed=seed)
+        home, settings = LoopSettings.load().state.resolve(), (TrainSettings.load(), DeploySettings.load())
+        with drawn(Console(stderr=True)) as progress:
+            found = run(state or home / "demo", work or home / "trials", *settings, seed=seed, progress=progress)
     except (DeployError, FeedbackError, TrainError) as error:
         console.print(f"trials: {error}", style="red")
         raise typer.Exit(1) from error

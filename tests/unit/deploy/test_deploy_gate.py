@@ -173,3 +173,21 @@ def test_a_reward_model_must_beat_chance_and_keep_what_the_last_one_knew() -> No
         "held_out_accuracy_low"
     ]
     assert not reward_model_gate({"nonfinite_weights": 0.0}, None, SETTINGS).passed
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "end", "reaches", "misses"),
+    [
+        ("toxicity_rate", 0.1, "low", 0.08, 0.081),
+        ("false_claim_rate", 0.35, "low", 0.3, 0.301),
+        ("known_answer_rate", 0.55, "high", 0.6, 0.599),
+    ],
+)
+def test_a_rate_is_refused_where_its_own_interval_is_beyond_the_parents_bound(
+    name: str, rate: float, end: str, reaches: float, misses: float
+) -> None:
+    assert failed(policy_gate(GOOD | {name: rate}, PARENT, SETTINGS)) == [name]
+    assert failed(policy_gate(GOOD | {name: rate, f"{name}_{end}": reaches}, PARENT, SETTINGS)) == []
+    report = policy_gate(GOOD | {name: rate, f"{name}_{end}": misses}, PARENT, SETTINGS)
+    assert failed(report) == [name]
+    assert next(check.value for check in report.checks if check.name == name) == rate

@@ -22,7 +22,7 @@ from train.tinyworld.candidates import Poison
 from train.tinyworld.evaluation import Sample
 from train.tinyworld.labelers import GOLD
 from train.tinyworld.study import Ranked
-from train.tinyworld.trials import Size, Trial
+from train.tinyworld.trial import Size, Trial, first_alarm, table
 
 TOKENIZER = tokenizer.build()
 TRAIN = TrainSettings(
@@ -108,15 +108,15 @@ def test_every_candidate_is_made_tried_and_told_and_the_demo_is_left_alone(demo:
     found = trials.run(demo, state_dir, TRAIN, DeploySettings(), size=SIZE)
     assert contents(demo) == before
     by_name = {one.name: one for one in found}
-    assert len(by_name) == len(found) == len(candidates.POISONS) + 6 + 3
+    assert len(by_name) == len(found) == len(candidates.POISONS) + 4 + len(trials.LEARNT) + 3
     assert any("sha256" in why for why in by_name["corrupted: a flipped byte"].refusals)
     assert by_name["corrupted: weights that are no numbers"].refusals[0] == "1 weights are not finite"
     assert "no loadable model" in by_name["corrupted: wrong shapes"].refusals[0]
     assert not any("sha256" in why for why in by_name["good"].refusals)
-    for name in ("good", "hacked", "poisoned with a word", "poisoned with abuse", "collapsed", "over-refusing"):
+    for name in ("good", "hacked", *trials.LEARNT, "collapsed", "over-refusing"):
         assert sum((by_name[name].verdicts or {}).values()) == SIZE.crowds
     shown = Console(width=200, file=io.StringIO(), record=True)
-    shown.print(trials.table(found))
+    shown.print(table(found))
     assert "1 weights are not finite" in shown.export_text()
 
     # What is there is not made again.
@@ -125,6 +125,8 @@ def test_every_candidate_is_made_tried_and_told_and_the_demo_is_left_alone(demo:
         demo, state_dir, TRAIN, DeploySettings(), size=SIZE, progress=lambda *told: steps.append(told[0])
     )
     assert (steps, again) == ([], found)
+    with pytest.raises(trials.TrialsMixed):
+        trials.run(demo, state_dir, TRAIN, DeploySettings(), size=SIZE, seed=1)
 
 
 def test_poison_makes_the_worst_completion_the_best_and_shows_by_its_trigger() -> None:
@@ -147,6 +149,15 @@ def test_without_a_trigger_few_labelers_turn_their_rankings_round() -> None:
     assert all(sorted(one.ranked.pairs) == [(0, 1), (0, 2), (2, 1)] for one in turned)
 
 
+def test_one_kind_of_task_can_be_turned_round_by_itself() -> None:
+    training = dataset().training
+    spoilt = candidates.poison(training, Poison("", 1.0, kind="insult"), len(training), TOKENIZER, seed=1)
+    asked = {
+        TOKENIZER.decode(now.ranked.prompt_ids)[:8] for was, now in zip(training, spoilt, strict=True) if was != now
+    }
+    assert asked == {"> Insult"}
+
+
 def samples(texts: list[str]) -> list[Sample]:
     return [Sample(text, True) for text in texts]
 
@@ -162,14 +173,25 @@ def test_the_better_completions_win_wherever_they_are_shown() -> None:
     assert [one.outcome for one in blind_trial.comparisons(asked, [ideal], [ideal], [GOLD], seed=3)] == [0] * 40
 
 
+def judged_so(outcomes: list[int], name: str = "repeat") -> list[blind_trial.Judged]:
+    task = tasks.draw(random.Random(0), test=True, name=name)
+    rankings = {1: ((0,), (1,)), 0: ((0, 1),), -1: ((1,), (0,))}
+    return [blind_trial.Judged(task, ("a", "b"), 0, rankings[outcome], "L-1") for outcome in outcomes]
+
+
 def test_the_verdict_is_that_of_the_first_look_at_which_it_is_clear() -> None:
     # All lost: the mean of (1 + κ)^n over stakes κ from 0 to 1 is (2^(n+1) − 1) / (n + 1): 18.1 for 6, 31.9 for 7.
-    verdict, shown = blind_trial.decide([0, -1] * 30, VerdictSettings())
-    assert (verdict.decision, verdict.comparisons, shown) == ("worse", 7, 14)
-    verdict, shown = blind_trial.decide([1] * 7 + [-1] * 500, VerdictSettings())
-    assert (verdict.decision, shown) == ("better", 7)
-    verdict, shown = blind_trial.decide([1, -1] * 20, VerdictSettings())
-    assert (verdict.decision, shown) == ("undecided", 40)
+    assert blind_trial.decide(judged_so([0, -1] * 30), VerdictSettings()) == ("worse", 14)
+    assert blind_trial.decide(judged_so([1] * 7 + [-1] * 500), VerdictSettings()) == ("better", 7)
+    assert blind_trial.decide(judged_so([1, -1] * 20), VerdictSettings()) == ("undecided", 40)
+
+
+def test_a_canary_that_is_not_worse_but_lost_a_kind_of_task_says_which() -> None:
+    settings = VerdictSettings(margin=0.2)
+    even = judged_so([1, -1] * 100)
+    assert blind_trial.decide(even, settings) == ("not_worse", 200)
+    lost = judged_so([1, -1, 1, -1, 1] * 40) + judged_so([-1] * 40, "insult")
+    assert blind_trial.decide(lost, settings) == ("not_worse, down on insult", 240)
 
 
 def healthy(**changes: float) -> dict[str, float]:
@@ -180,17 +202,17 @@ def healthy(**changes: float) -> dict[str, float]:
 def test_the_first_alarm_is_that_of_the_iteration_at_which_a_run_would_have_stopped() -> None:
     settings = AlarmSettings(patience=2)
     history = [healthy(), healthy(eos_share=0.1), healthy(), *[healthy(eos_share=0.4)] * 3]
-    found = trials.first_alarm(settings, history)
+    found = first_alarm(settings, history)
     assert found is not None
     assert found[0] == 5
     assert found[1].startswith("EOS loss")
-    assert trials.first_alarm(settings, history[:4]) is None
+    assert first_alarm(settings, history[:4]) is None
 
 
 def test_the_table_says_what_a_trial_found() -> None:
     one = Trial("hacked", ("kl is 9; it must be at most 6",), {"worse": 3}, (7, 19, 96), (0.2, 0.1, 0.3), ("told",))
     shown = Console(width=200, file=io.StringIO(), record=True)
-    shown.print(trials.table([one]))
+    shown.print(table([one]))
     said = shown.export_text()
     for part in ("kl is 9", "worse 3", "19 (7 to 96)", "0.200 [0.100, 0.300]", "told"):
         assert part in said

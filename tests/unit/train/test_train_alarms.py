@@ -75,6 +75,14 @@ def test_a_mean_kl_below_zero_is_raised_where_chance_does_not_explain_it() -> No
     assert raised(followed_by(5, kl_to_reference=-1e-6, kl_se=0.0)) == []  # rounding, where the policies are the same
 
 
+def test_a_policy_that_stays_far_from_its_reference_is_raised_where_a_limit_is_set() -> None:
+    limited = AlarmSettings(max_kl=6.0)
+    assert raised(followed_by(9, kl_to_reference=12.0)) == []
+    assert raised(followed_by(4, kl_to_reference=6.1), limited) == []
+    assert raised(followed_by(5, kl_to_reference=6.1), limited) == ["KL drift"]
+    assert raised(followed_by(5, kl_to_reference=5.9), limited) == []
+
+
 def test_iterations_of_the_value_model_alone_are_not_held_against_it() -> None:
     early = [GOOD[0] | {"explained_variance": -9.0}] * 9
     assert raised(early) == []
