@@ -136,7 +136,9 @@ def test_what_the_server_refuses_is_shown_until_it_is_discarded(labeling: Labeli
     judged(page)
     page.route(
         "**/v1/feedback/comparisons",
-        lambda route: route.continue_(post_data=route.request.post_data_json | {"task_id": "task_gone"}),
+        lambda route: route.fulfill(
+            response=route.fetch(post_data=route.request.post_data_json | {"task_id": "task_gone"})
+        ),
     )
     press(page, "1 2 3 4 Enter")
     notice = page.locator("#outbox")
