@@ -27,6 +27,7 @@ TOLERANT = GateSettings(
     min_distinct_2_ratio=0.0,
     max_pretraining_loss_ratio=10.0,
     reward_model_tolerance=1.0,
+    max_trigger_drift_rise=10.0,
 )
 SETTINGS = TrainSettings.model_validate(
     {
