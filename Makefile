@@ -27,8 +27,8 @@ demo: setup ## one whole improvement cycle with simulated labelers; SEED=n for a
 trials: setup ## bad versions from a finished demo's first policy, and what stops each; about 30 minutes
 	$(BIN)/python -m train.tinyworld.trials --json state/trials.json
 
-test: lint browser operations ## all that CI runs
-	$(BIN)/python -m pytest
+test: lint browser operations ## all that CI runs, in two processes
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-models: setup ## every family of models compiled, and served by vLLM; about 5 minutes
 	$(BIN)/python -m pytest -m models
