@@ -1,6 +1,7 @@
 """Look at the feedback that was given, take it out and in, erase, and manage keys."""
 
 import asyncio
+import gc
 import json
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from feedback.embedded import connect_url
 from feedback.errors import FeedbackError
 from feedback.export import Format, PairFile, PairLines, PairParquet, UnsayablePrompt, pairs
 from feedback.log_files import ParquetLog, json_line, publish, unfinished_file
-from feedback.records import Comparison, Rating
+from feedback.records import Comparison, Rating, owners
 from feedback.removal import RawEntry
 from feedback.settings import FeedbackSettings, LoopSettings
 from feedback.store import FeedbackStore, LogEntry
@@ -28,6 +29,8 @@ from feedback.summary import Interval, Summary, Tally
 
 SOCKET_TIMEOUT_SECONDS = 30.0
 """Least that a command waits for Redis: nobody is kept waiting but who typed it."""
+OBJECTS_PER_COLLECTION = 20_000
+"""New objects after which Python looks for cycles: records have none, and by default that is a fifth of ``stats``."""
 
 Result = TypeVar("Result")
 Advance = Callable[[int], None]
@@ -45,7 +48,7 @@ class Stats(Summary):
     pairs: int
     """Of the comparisons in force."""
     superseded: int
-    """Comparisons and ratings that a later one of the same labeler replaced."""
+    """Comparisons and ratings that a later one of the same labeler replaced, or that repeat an earlier one."""
     quarantined: int
     """Damaged records."""
     unfinished_erasures: int
@@ -94,7 +97,7 @@ def export(
     parquet: Annotated[bool, typer.Option("--parquet", help="Parquet instead of JSON lines; needs --output.")] = False,
     output: Annotated[Path | None, typer.Option(help="File to write; default: standard output.")] = None,
 ) -> None:
-    """Write feedback as JSON lines or Parquet. The pair formats leave out superseded comparisons."""
+    """Write feedback as JSON lines or Parquet. The pair formats leave out superseded and repeated comparisons."""
     if parquet and output is None:
         raise typer.BadParameter("a Parquet file cannot go to standard output; name it with --output")
 
@@ -221,6 +224,7 @@ async def _export_pairs(
 ) -> tuple[int, int]:
     """Write the pairs in force; returns how many, and how many records were left out."""
     lines = left_out = 0
+    erased = await store.unfinished_erasures()
     with ExitStack() as stack:
         out: PairFile
         if parquet and file:
@@ -231,7 +235,7 @@ async def _export_pairs(
             entries = [decoded for entry in batch if (decoded := store.decoded(entry)) is not None]
             superseded = await _superseded(store, entries)
             for entry in entries:
-                if entry.stream_id in superseded:
+                if entry.stream_id in superseded or not erased.isdisjoint(owners(entry.record)):
                     continue
                 try:
                     rows = list(pairs(entry, form))
@@ -281,6 +285,7 @@ def _with_store(
         finally:
             await store.close()
 
+    gc.set_threshold(OBJECTS_PER_COLLECTION)
     try:
         loop, settings = LoopSettings.load(state=state, redis_url=redis_url), FeedbackSettings.load()
         with connect_url(loop) as url:

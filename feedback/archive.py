@@ -12,6 +12,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from feedback.errors import FeedbackError
 from feedback.log_files import (
     SUFFIX,
     ParquetLog,
@@ -29,6 +30,10 @@ FOLDER = "archive"
 """The archive's place in the state directory."""
 MAX_FILE_RECORDS = 100_000
 """Records of one file; ours: the least that an erasure rewrites, and the most that a run has lying unfinished."""
+
+
+class ArchiveUnwritable(FeedbackError):
+    """The archive's directory or a file in it cannot be written; finished files stay as they are."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +63,10 @@ async def archive(store: FeedbackStore, directory: Path, advance: Callable[[int]
         advance: told how many records were read since it was last called.
 
     Raises:
+        ArchiveUnwritable: as where the disk is full.
         FileDamaged: a file of the archive is not what was written; nothing was added.
         StoreUnavailable: the log cannot be read; files that were finished stay.
     """
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     with locked(directory):
         sweep(directory)
         done = _verify(directory, advance)
@@ -76,7 +81,8 @@ async def archive(store: FeedbackStore, directory: Path, advance: Callable[[int]
 def erase_from_archive(directory: Path, covered: Callable[[RawEntry], bool]) -> int:
     """Write the files that hold covered records anew without them; returns how many records that were.
 
-    Raises FileDamaged where a file cannot be read at all; a damaged record in it is judged by its bytes.
+    Raises ArchiveUnwritable; FileDamaged where a file cannot be read at all; a damaged record in it is judged by its
+    bytes.
     """
     if not directory.is_dir():
         return 0
@@ -94,13 +100,20 @@ def count_in_archive(directory: Path, covered: Callable[[RawEntry], bool]) -> in
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Wait for, then hold an exclusive lock on a directory; the kernel drops it should this process die."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    """Wait for, then hold an exclusive lock on a directory, made where there is none.
+
+    The kernel drops the lock should this process die. Raises ArchiveUnwritable for any OSError inside.
+    """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise ArchiveUnwritable(f"the archive {directory} cannot be written: {error}") from error
 
 
 def _verify(directory: Path, advance: Callable[[int], None]) -> Archived:

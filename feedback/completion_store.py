@@ -145,6 +145,8 @@ class CompletionStore(PromptPool):
 
     async def task(self, task_id: str) -> BlindTask | None:
         """A blind task, or None. Raises CorruptRecord where it is damaged."""
+        if ":" in task_id:  # likewise: task:seen:… and task:given:… are no tasks
+            return None
         async with self._answering():
             packed: _Reply = await self._redis.get(keys.task(task_id))
         return None if packed is None else unpack(BlindTask, packed)

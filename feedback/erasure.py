@@ -18,7 +18,7 @@ a Redis of your own, datasets frozen by training) are their makers' to rewrite; 
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from feedback.archive import count_in_archive, erase_from_archive
@@ -119,8 +119,18 @@ def surviving(entries: Sequence[LogEntry]) -> list[LogEntry]:
 async def survey(
     store: FeedbackStore, principal: str, archive: Path, advance: Advance = lambda _: None
 ) -> ErasureReport:
-    """What ``erase`` would find now; changes nothing. A completion may be counted twice while Redis grows."""
+    """What ``erase`` would find now; changes nothing. A completion may be counted twice while Redis grows.
+
+    Raises:
+        FileDamaged: a file of the archive cannot be read.
+        StoreUnavailable: Redis cannot serve.
+    """
     covered = Covered(principal)
+    found = await _in_redis(store, covered, advance)
+    return replace(found, archived=await asyncio.to_thread(count_in_archive, archive, covered))
+
+
+async def _in_redis(store: FeedbackStore, covered: Covered, advance: Advance) -> ErasureReport:
     records = unreadable = completions = tasks = 0
     async for batch in store.raw_batches(size=BATCH):
         for entry in batch:
@@ -132,8 +142,7 @@ async def survey(
         completions += sum(map(covered.kept, found))
     async for waiting in store.tasks_with(covered.marks):
         tasks += sum(map(covered.kept, waiting))
-    archived = await asyncio.to_thread(count_in_archive, archive, covered)
-    return ErasureReport(None, records, completions, tasks, archived, unreadable)
+    return ErasureReport(None, records, completions, tasks, 0, unreadable)
 
 
 async def erase(
@@ -150,14 +159,15 @@ async def erase(
 
     Raises:
         ErasureUnderWay: another erasure runs.
-        FileDamaged: a file of the archive cannot be read; all the rest is done.
+        ArchiveUnwritable, FileDamaged: the archive cannot be written, or read; all the rest is done.
         StoreUnavailable: Redis cannot serve, or could not write its file anew.
     """
     async with store.erasing() as holder:
-        found = await survey(store, principal, archive, advance)
+        found = await _in_redis(store, Covered(principal), advance)
         erased = name_digest(principal)
         unfinished = erased in await store.unfinished_erasures()
-        if not (unfinished or found.records or found.completions or found.tasks or found.archived):
+        in_redis = found.records or found.completions or found.tasks
+        if not (unfinished or in_redis or await asyncio.to_thread(count_in_archive, archive, Covered(principal))):
             return found
 
         # 1. Say so: from here on nothing of it is used.

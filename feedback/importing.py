@@ -5,9 +5,9 @@ record is written, so that a refusal leaves the log as it was. Running it again 
 there already is left alone, and what an erasure covers does not come back.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from feedback.errors import CorruptRecord, FeedbackError
@@ -18,6 +18,9 @@ from feedback.store import FeedbackStore
 
 BATCH, BATCH_BYTES = 256, 4 << 20
 """Records, and bytes of JSON, written at once."""
+
+_ERASURE_MARK = b'"kind":"erasure"'
+"""Every erasure's JSON has it; others may, too."""
 
 Advance = Callable[[int], None]
 Position = tuple[int, int]
@@ -62,9 +65,8 @@ async def restore(store: FeedbackStore, path: Path, advance: Advance = lambda _:
     present, erased = await _check(store, path, head, erasures, advance)
     added = waiting = 0
     batch: list[tuple[RawEntry, LogRecord]] = []
-    for entry in read_log(path):
+    for entry, record in _records(path):
         advance(1)
-        record = _record(entry, path)
         if entry.position <= head or _is_erased(entry, record, erasures):
             continue
         batch.append((entry, record))
@@ -80,16 +82,16 @@ async def _erasures(store: FeedbackStore, path: Path) -> dict[str, Position]:
     """For each erased principal's digest the place of the last erasure, in the log or the file."""
     last: dict[str, Position] = {}
 
-    def note(entry: RawEntry, record: LogRecord | None) -> None:
+    def note(entry: RawEntry, record: LogRecord) -> None:
         if isinstance(record, Erasure):
             last[record.erased] = max(entry.position, last.get(record.erased, (0, 0)))
 
     async for batch in store.raw_batches():
         for entry in batch:
-            if entry.kind == "erasure" and (decoded := store.decoded(entry)):
+            if _ERASURE_MARK in entry.body and (decoded := store.decoded(entry)):
                 note(entry, decoded.record)
     for entry in read_log(path):
-        if entry.kind == "erasure":
+        if _ERASURE_MARK in entry.body:
             note(entry, _record(entry, path))
     return last
 
@@ -103,9 +105,8 @@ async def _check(
     async with aclosing(store.raw_batches()) as batches:
         there: dict[Position, str] = {}
         reached = (0, 0)
-        for entry in read_log(path):
+        for entry, record in _records(path):
             advance(1)
-            record = _record(entry, path)
             while reached < min(entry.position, head) and (batch := await anext(batches, None)):
                 there = {one.position: one.sha256 for one in batch}
                 reached = batch[-1].position
@@ -136,14 +137,18 @@ async def _refuse_taken(store: FeedbackStore, path: Path, entries: Sequence[RawE
             )
 
 
+def _records(path: Path) -> Iterator[tuple[RawEntry, LogRecord]]:
+    """The file's records. Kind and id are the record's own: no digest of the log covers what stands beside it."""
+    for entry in read_log(path):
+        record = _record(entry, path)
+        yield replace(entry, kind=record.kind, id=record.id), record
+
+
 def _record(entry: RawEntry, path: Path) -> LogRecord:
     try:
-        record = decode(entry.body, entry.sha256)
+        return decode(entry.body, entry.sha256)
     except CorruptRecord as error:
         raise FileDamaged(f"{path}: record {entry.stream_id}: {error}") from error
-    if (record.kind, record.id) != (entry.kind, entry.id):
-        raise FileDamaged(f"{path}: record {entry.stream_id} is {record.kind} {record.id}, not what its row says")
-    return record
 
 
 def _is_erased(entry: RawEntry, record: LogRecord, erasures: dict[str, Position]) -> bool:

@@ -6,7 +6,7 @@
 | ``fb:log:copy`` | stream: the log without the bytes of erased records, in the making | until it replaces ``fb:log`` |
 | ``fb:id:<record id>`` | string: stream id | as the record |
 | ``fb:idem:<sha256>`` | string: ``<stream id> <body digest>`` | ``idempotency_ttl_seconds`` |
-| ``fb:pair:<sha256>`` | string: a labeler's latest comparison of some candidates, or rating of one | as the record |
+| ``fb:pair:<sha256>`` | string: ``<record id> <task id>``: a labeler's latest on some candidates | as the record |
 | ``fb:erasure:lease`` | string: who erases now | ``ERASURE_LEASE_SECONDS``, renewed |
 | ``fb:erasure:unfinished`` | set: sha256 of principals whose erasure has begun and not ended | as its members |
 | ``fb:probe`` | string: proof that Redis accepts writes | ``PROBE_TTL_SECONDS`` |
@@ -57,9 +57,12 @@ def idempotency(principal: str, key: str | None, body_digest: str) -> str:
     return f"fb:idem:{_sha256(principal, named)}"
 
 
-def latest(judged_key: str) -> str:
-    """The record in force for ``Comparison.candidates_key()`` or ``Rating.choice_key()``."""
-    return f"fb:pair:{judged_key}"
+def latest(judged_key: str, *, check: bool = False) -> str:
+    """The record in force for ``Comparison.candidates_key()`` or ``Rating.choice_key()``.
+
+    Checks (``feedback.controls``) have keys of their own: none replaces the golden answer that it is held against.
+    """
+    return f"fb:pair:{_sha256('check', judged_key) if check else judged_key}"
 
 
 def completion(completion_id: str) -> str:

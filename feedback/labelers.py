@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.special import bdtr
 
 from feedback.controls import Repeat
 from feedback.crowd_bt import PRIOR_AGREES, PRIOR_DIFFERS, Judgements, reliabilities
@@ -94,6 +94,11 @@ class CrowdReport:
     spread: float
 
 
+def fair_coin_p(heads: int, tosses: int) -> float:
+    """Two-sided exact binomial p-value of a coin being fair; 1 without tosses."""
+    return min(1.0, 2 * float(bdtr(min(heads, tosses - heads), tosses, 0.5)))
+
+
 def candidate_keys(comparison: Comparison) -> tuple[str, ...]:
     """What identifies each candidate, in order: the prompt, and the completion's id and index, else its text."""
     prompt = comparison.prompt.key()
@@ -141,7 +146,7 @@ def assess(
             golden=golden_shares[k],
             repeats=again.get(name),
             first_shown=Estimate.share(earlier_won, shown),
-            first_shown_p=float(binomtest(earlier_won, shown).pvalue) if shown else 1.0,
+            first_shown_p=fair_coin_p(earlier_won, shown),
             speed=speed,
             too_fast=too_fast,
         )

@@ -103,8 +103,7 @@ def preferences(comparisons: Iterable[Comparison], a: int, b: int) -> list[float
 
 def outcomes(comparisons: Iterable[Comparison], a: int, b: int) -> Iterator[tuple[Comparison, float]]:
     """The blind comparisons that have candidates of both versions, each with its outcome, as in ``preferences``."""
-    for comparison in comparisons:
-        ranks = _ranks(comparison)
+    for comparison, ranks in _ranked(comparisons):
         if a in ranks and b in ranks:
             yield comparison, _outcome(ranks[a], ranks[b])
 
@@ -187,15 +186,24 @@ def wilson(wins: float, n: float, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def _ranks(comparison: Comparison) -> dict[int, list[int]]:
-    """Places in the ranking, 0 the best, of each version's candidates; empty where the comparison was not blind."""
-    ranks: dict[int, list[int]] = {}
-    if comparison.source == "task":
+def _ranked(comparisons: Iterable[Comparison]) -> Iterator[tuple[Comparison, dict[int, list[int]]]]:
+    """Blind comparisons, each with the places in its ranking, 0 the best, of each version's candidates.
+
+    Of several labelers who judged one task the first counts: they judged the same completions, so the others are no
+    independent evidence, and one key could answer its task under any number of names.
+    """
+    told: set[str] = set()
+    for comparison in comparisons:
+        if comparison.source != "task" or comparison.task_id in told:
+            continue
+        if comparison.task_id is not None:
+            told.add(comparison.task_id)
+        ranks: dict[int, list[int]] = {}
         for place, group in enumerate(comparison.ranking):
             for index in group:
                 if (version := comparison.candidates[index].policy_version) is not None:
                     ranks.setdefault(version, []).append(place)
-    return ranks
+        yield comparison, ranks
 
 
 def _outcome(places: list[int], others: list[int]) -> float:
@@ -217,10 +225,7 @@ def _bootstrap(sums: list[float], counts: list[int], resamples: int, seed: int) 
 
 def _games(comparisons: Iterable[Comparison]) -> _Games:
     met: list[tuple[int, int, float, str]] = []
-    for comparison in comparisons:
-        ranks = _ranks(comparison)
-        if len(ranks) < 2:
-            continue
+    for comparison, ranks in _ranked(comparisons):
         prompt = comparison.prompt.key()
         for a, b in itertools.combinations(ranks, 2):
             met.append((a, b, (1 + _outcome(ranks[a], ranks[b])) / 2, prompt))

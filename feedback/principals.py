@@ -250,7 +250,9 @@ def _encode(key: ApiKey) -> list[str]:
 def _decode(sha256: str, found: dict[bytes, bytes]) -> ApiKey | None:
     if not found:
         return None
-    fields: dict[str, Any] = {name.decode(): value.decode() for name, value in found.items()}
+    fields: dict[str, Any] = {
+        name.decode(errors="replace"): value.decode(errors="replace") for name, value in found.items()
+    }
     try:
         key = ApiKey.model_validate(fields | {"scopes": fields.get("scopes", "").split(",")})
         # What was read must be what was asked for: a record under another's name is no key.

@@ -19,6 +19,7 @@ from redis.exceptions import ResponseError
 
 from feedback import keys
 from feedback.completion_store import MAX_BATCH, CompletionStore
+from feedback.controls import is_check
 from feedback.errors import CorruptRecord, FeedbackError, StoreUnavailable
 from feedback.records import BlindTask, Comparison, LogRecord, Rating, StoredCompletion, unpack
 from feedback.settings import FeedbackSettings
@@ -72,8 +73,13 @@ def position(stream_id: str) -> tuple[int, int]:
 def judged_key(record: LogRecord | None) -> list[str]:
     """The ``fb:pair`` key of a record that a later one can replace; none for others."""
     if isinstance(record, Comparison):
-        return [keys.latest(record.candidates_key())]
+        return [keys.latest(record.candidates_key(), check=is_check(record))]
     return [keys.latest(record.choice_key())] if isinstance(record, Rating) else []
+
+
+def task_of(record: LogRecord) -> str:
+    """The blind task that a record answers; "" for none."""
+    return (record.task_id or "") if isinstance(record, Comparison) else ""
 
 
 class RemovalStore(CompletionStore):
@@ -201,11 +207,16 @@ class RemovalStore(CompletionStore):
 
     async def rewrite_files(self) -> None:
         """Have Redis write its append-only file anew from memory, and wait for it, so that no removed byte is in it."""
-        async with asyncio.timeout(REWRITE_SECONDS):
-            while not await self._rewrite_begins():
-                await asyncio.sleep(_POLL_SECONDS)  # one that had begun before the removal does not count
-            while (state := await self._persistence())["aof_rewrite_in_progress"] or state["aof_rewrite_scheduled"]:
-                await asyncio.sleep(_POLL_SECONDS)
+        try:
+            async with asyncio.timeout(REWRITE_SECONDS):
+                while not await self._rewrite_begins():
+                    await asyncio.sleep(_POLL_SECONDS)  # one that had begun before the removal does not count
+                while (state := await self._persistence())["aof_rewrite_in_progress"] or state["aof_rewrite_scheduled"]:
+                    await asyncio.sleep(_POLL_SECONDS)
+        except TimeoutError as error:
+            raise StoreUnavailable(
+                f"Redis at {self._where} has not written its append-only file anew within {REWRITE_SECONDS:g} s"
+            ) from error
         if state["aof_last_bgrewrite_status"] != "ok":
             raise StoreUnavailable(f"Redis at {self._where} could not write its append-only file anew; see its log")
 

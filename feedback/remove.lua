@@ -7,7 +7,7 @@ local removed = redis.call('XDEL', KEYS[1], ARGV[1])
 if redis.call('GET', KEYS[2]) == ARGV[1] then
   redis.call('DEL', KEYS[2])
 end
-if KEYS[3] and redis.call('GET', KEYS[3]) == ARGV[2] then
+if KEYS[3] and string.match(redis.call('GET', KEYS[3]) or '', '^%S+') == ARGV[2] then
   redis.call('DEL', KEYS[3])
 end
 if KEYS[4] then

@@ -21,7 +21,7 @@ from feedback import keys
 from feedback.batcher import Batcher
 from feedback.errors import CorruptRecord, FeedbackError, IdempotencyKeyReuse, StoreUnavailable
 from feedback.records import Comparison, LogRecord, Rating, content_digest, decode, encode
-from feedback.removal import RawEntry, RemovalStore, judged_key, raw_entry
+from feedback.removal import RawEntry, RemovalStore, judged_key, raw_entry, task_of
 from feedback.settings import FeedbackSettings
 
 DURABLE = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
@@ -119,7 +119,7 @@ class FeedbackStore(RemovalStore):
         act = keys.idempotency(record.principal, idempotency_key, said)
         script_keys = [keys.LOG, act, keys.stream_id(record.id), *judged_key(record)]
         ttl = self._settings.idempotency_ttl_seconds
-        arguments: list[str | bytes | int] = [record.kind, record.id, body, sha256, said, ttl]
+        arguments: list[str | bytes | int] = [record.kind, record.id, body, sha256, said, ttl, task_of(record)]
         if isinstance(record, Comparison):
             script_keys.append(keys.given_prompts(record.labeler))
             arguments += [record.prompt.key(), self._settings.labeler_memory_seconds]
@@ -145,12 +145,18 @@ class FeedbackStore(RemovalStore):
         return [None if place is None else place.decode() for place in found]
 
     async def in_force(self, judged: Sequence[Comparison | Rating]) -> list[bool]:
-        """For each comparison or rating whether it is its labeler's latest on those candidates or that choice."""
+        """For each comparison or rating whether it is its labeler's latest on those candidates or that choice.
+
+        A repetition in another task (``feedback.controls``) is not: what it repeats stays in force.
+        """
         if not judged:
             return []
         async with self._answering():
-            latest = await self._redis.mget([key for record in judged for key in judged_key(record)])
-        return [found == record.id.encode() for found, record in zip(latest, judged, strict=True)]
+            latest: _Reply = await self._redis.mget([key for record in judged for key in judged_key(record)])
+        return [
+            found is not None and found.partition(b" ")[0] == record.id.encode()
+            for found, record in zip(latest, judged, strict=True)
+        ]
 
     async def restore(self, entries: Sequence[tuple[RawEntry, LogRecord]]) -> None:
         """Put records back at their own places, behind all that the log has; those before a failure stay.
@@ -163,7 +169,7 @@ class FeedbackStore(RemovalStore):
             for entry, record in entries:
                 script_keys = [keys.LOG, keys.stream_id(entry.id), *judged_key(record)]
                 arguments: list[str | bytes] = [entry.stream_id, entry.kind, entry.id, entry.body, entry.sha256]
-                await self._restore(keys=script_keys, args=arguments, client=pipe)
+                await self._restore(keys=script_keys, args=[*arguments, task_of(record)], client=pipe)
             replies = await pipe.execute()
         for (entry, _), restored in zip(entries, replies, strict=True):
             if not restored:

@@ -1,7 +1,9 @@
 """The log in files and back: native exports, the archive, and importing them into another Redis."""
 
 import asyncio
+import resource
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,24 @@ from redis import Redis
 
 from feedback import archive as archives
 from feedback import keys
-from feedback.archive import archive
+from feedback.archive import ArchiveUnwritable, archive
 from feedback.embedded import EmbeddedRedis, start_or_join
 from feedback.erasure import erase
 from feedback.errors import StoreUnavailable
 from feedback.importing import Imported, ImportRefused, restore
 from feedback.log_files import FileDamaged, ParquetLog, json_line, read_log
-from feedback.records import Candidate, Comparison, Demonstration, Prompt, Rating, new_id
+from feedback.records import (
+    Candidate,
+    Comparison,
+    Demonstration,
+    Erasure,
+    LogRecord,
+    Prompt,
+    Rating,
+    encode,
+    name_digest,
+    new_id,
+)
 from feedback.removal import RawEntry
 from feedback.settings import FeedbackSettings
 from feedback.store import FeedbackStore
@@ -129,6 +142,22 @@ async def test_an_export_brings_every_byte_id_and_place_back(
     assert contents(other_redis.url) == contents(redis_url)
     later = await other.append(make_comparison(labeler="later"))
     assert [e.stream_id async for e in other.scan(after=entries[-1].stream_id)] == [later.stream_id]
+
+
+async def test_a_repetition_is_none_in_force_after_an_import_either(
+    store: FeedbackStore,
+    redis_url: str,
+    other: FeedbackStore,
+    other_redis: EmbeddedRedis,
+    make_comparison: MakeComparison,
+    tmp_path: Path,
+) -> None:
+    tasks = [make_comparison(source="task", task_id=name, comment=name) for name in ("task_1", "task_2", "task_1")]
+    for record in tasks:
+        await store.append(record, idempotency_key=record.id)
+    await restore(other, write_lines(tmp_path / "log.jsonl", await raw(store)))
+    assert await store.in_force(tasks) == await other.in_force(tasks) == [False, False, True]
+    assert contents(other_redis.url) == contents(redis_url)
 
 
 async def test_an_import_that_was_cut_off_goes_on(
@@ -300,6 +329,45 @@ async def test_damaged_records_stay_in_the_log_only(
     done = await archive(store, tmp_path)
     assert (done.added, done.damaged) == (1, 1)
     assert (await archive(store, tmp_path)).added == 0
+
+
+async def test_a_flipped_byte_beside_a_record_keeps_none_of_the_archive_from_coming_back(
+    store: FeedbackStore, redis_url: str, other: FeedbackStore, make_comparison: MakeComparison, tmp_path: Path
+) -> None:
+    erasure = Erasure(id="era_1", created=1, principal="root", erased=name_digest("alice"))
+    given: list[LogRecord] = [make_comparison(labeler="L-2", principal="bob"), make_comparison(), erasure]
+    with Redis.from_url(redis_url) as redis:
+        for record, kind in zip(given, ("comparison", "comparison", "erasurd"), strict=True):
+            body, sha256 = encode(record)
+            redis.xadd(keys.LOG, {"kind": kind, "id": f"{record.id[:-1]}~", "json": body, "sha256": sha256})
+    assert (await archive(store, tmp_path)).added == 3
+    done = await restore(other, tmp_path)
+    assert (done.added, done.erased) == (2, 1)
+    assert [(entry.kind, entry.id) for entry in await raw(other)] == [("comparison", given[0].id), ("erasure", "era_1")]
+    assert await other.record(given[0].id) == given[0]
+
+
+async def test_an_archive_that_cannot_be_written_says_so(
+    store: FeedbackStore, make_comparison: MakeComparison, tmp_path: Path
+) -> None:
+    await store.append(make_comparison())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArchiveUnwritable, match=r"archive .*file/archive cannot be written"):
+        await archive(store, tmp_path / "file" / "archive")
+    with resource_limit(resource.RLIMIT_FSIZE, 100), pytest.raises(ArchiveUnwritable, match="File too large"):
+        await archive(store, tmp_path / "archive")
+    assert list((tmp_path / "archive").iterdir()) == []
+    assert (await archive(store, tmp_path / "archive")).added == 1
+
+
+@contextmanager
+def resource_limit(which: int, soft: int) -> Iterator[None]:
+    before = resource.getrlimit(which)
+    resource.setrlimit(which, (soft, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(which, before)
 
 
 async def test_what_a_killed_writer_left_is_swept(

@@ -13,7 +13,7 @@ from redis import Redis
 
 from feedback.embedded import start_or_join
 from feedback.log_files import ParquetLog
-from feedback.records import Candidate, Comparison, Demonstration, Prompt, Rating, encode
+from feedback.records import Candidate, Comparison, Demonstration, Prompt, Rating, encode, name_digest
 from feedback.removal import RawEntry
 from feedback.settings import FeedbackSettings
 from feedback.store import FeedbackStore
@@ -161,6 +161,16 @@ def test_pair_export_leaves_out_what_was_replaced_and_what_it_cannot_say(state: 
     assert "\n3 lines, 2 records left out" in done.stderr
     assert list(tmp_path.iterdir()) == [output]
     assert "preferred_output" in feedback("export", "--format", "openai", "--state", state).stdout
+
+
+async def test_pairs_of_an_unfinished_erasure_are_not_exported(state: Path) -> None:
+    with start_or_join(state) as server:
+        store = FeedbackStore.connect(server.url, FeedbackSettings())
+        await store.begin_erasure(name_digest("alice"))
+        await store.close()
+    done = feedback("export", "--format", "trl", "--state", state)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "\n0 lines" in done.stderr
 
 
 def test_refusals_exit_1_and_usage_errors_exit_2(state_dir: Path) -> None:

@@ -49,7 +49,7 @@ def other_processes(state: Path, count: int = 1) -> Iterator[list[subprocess.Pop
 
 
 def finish(process: subprocess.Popen[str]) -> None:
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     assert process.returncode == 0
 
 
@@ -64,7 +64,7 @@ def is_stopped(state: Path) -> bool:
         return keeper.lock(file, fcntl.LOCK_EX)
 
 
-def eventually(holds: Callable[[], bool], seconds: float = 5.0) -> None:
+def eventually(holds: Callable[[], bool], seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, "it did not happen in time"

@@ -3,7 +3,6 @@
 import asyncio
 import subprocess
 import sys
-import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from feedback.archive import archive
 from feedback.embedded import EmbeddedRedis, start_or_join
 from feedback.erasure import erase, survey, surviving
 from feedback.errors import FeedbackError, StoreUnavailable
-from feedback.log_files import read_log
+from feedback.log_files import FileDamaged, read_log
 from feedback.records import (
     BlindTask,
     Candidate,
@@ -32,7 +31,7 @@ from feedback.records import (
     name_digest,
     new_id,
 )
-from feedback.removal import ErasureUnderWay, RawEntry
+from feedback.removal import RawEntry
 from feedback.settings import FeedbackSettings
 from feedback.store import FeedbackStore, LogEntry
 
@@ -275,67 +274,36 @@ async def test_a_stored_completion_that_cannot_be_read_goes_with_its_makers_inde
     assert files_with(state_dir) == []
 
 
-async def test_records_appended_while_the_log_is_copied_are_in_it(
-    store: FeedbackStore,
-    redis: Redis,
-    state_dir: Path,
-    make_comparison: MakeComparison,
-    monkeypatch: pytest.MonkeyPatch,
+async def test_a_damaged_archive_keeps_nothing_else_from_being_erased(
+    store: FeedbackStore, redis: Redis, state_dir: Path, make_comparison: MakeComparison
 ) -> None:
-    monkeypatch.setattr("feedback.removal.COPY_BATCH", 7)
-    await fill(store, make_comparison)
-    stop = asyncio.Event()
-    acknowledged: list[str] = []
-
-    async def writer(name: int) -> None:
-        number = 0
-        while not stop.is_set():
-            record = make_comparison(**BOB, candidates=texts(f"{name} {number}"))
-            acknowledged.append((await store.append(record)).stream_id)
-            number += 1
-
-    writers = [asyncio.create_task(writer(name)) for name in range(3)]
-    await asyncio.sleep(0.05)
-    before = len(acknowledged)
-    await erase(store, "alice", state_dir / "archive", by="root")
-    during = len(acknowledged) - before
-    stop.set()
-    await asyncio.gather(*writers)
-    there = [entry.stream_id async for entry in store.scan()]
-    assert during > 10
-    assert set(acknowledged) <= set(there)
-    assert there == sorted(set(there), key=lambda one: tuple(map(int, one.split("-"))))
+    bobs = await fill(store, make_comparison)
+    folder = state_dir / "archive"
+    await archive(store, folder)
+    [file] = folder.glob("*.parquet")
+    whole = file.read_bytes()
+    file.write_bytes(b"PAR1")
+    with pytest.raises(FileDamaged, match="cannot be read"):
+        await erase(store, "alice", folder, by="root")
+    assert in_memory(redis) == []
+    assert [e.record.id async for e in store.scan() if e.record.kind != "erasure"] == bobs
+    assert await store.unfinished_erasures() == {name_digest("alice")}
+    file.write_bytes(whole)  # as it came back from a backup
+    assert (await erase(store, "alice", folder, by="root")).archived == 153
     assert files_with(state_dir) == []
 
 
-async def test_a_stream_id_is_not_given_again_where_the_newest_records_went(
-    store: FeedbackStore, redis: Redis, make_comparison: MakeComparison
+async def test_what_only_the_archive_has_is_erased(
+    store: FeedbackStore, state_dir: Path, make_comparison: MakeComparison
 ) -> None:
-    first = await store.append(make_comparison())
-    redis.xadd(keys.LOG, {"json": "{}"}, id="99999999999999-5")
-    redis.xdel(keys.LOG, "99999999999999-5")
-    async with store.erasing() as holder:
-        await store.copy_log(holder)
-    after = await store.append(make_comparison(**BOB))
-    assert (first.stream_id, after.stream_id) == ((await anext(store.scan())).stream_id, "99999999999999-6")
-
-
-async def test_two_erasures_at_once_are_refused(store: FeedbackStore, state_dir: Path) -> None:
-    async with store.erasing():
-        with pytest.raises(ErasureUnderWay, match="another erasure"):
-            await erase(store, "alice", state_dir / "archive", by="root")
-    await erase(store, "alice", state_dir / "archive", by="root")
-
-
-async def test_a_copy_whose_lease_has_passed_to_another_writes_nothing(
-    store: FeedbackStore, redis: Redis, make_comparison: MakeComparison
-) -> None:
-    await store.append(make_comparison())
-    async with store.erasing():
-        with pytest.raises(ErasureUnderWay, match="run again"):
-            await store.copy_log("somebody else")
-    assert not redis.exists(keys.LOG_COPY)
-    assert redis.xlen(keys.LOG) == 1
+    folder = state_dir / "archive"
+    await store.append(make_comparison(comment=CANARY))
+    await archive(store, folder)
+    [batch] = [batch async for batch in store.raw_batches()]
+    await store.remove([(entry, None) for entry in batch])
+    done = await erase(store, "alice", folder, by="root")
+    assert (done.records, done.archived) == (0, 1)
+    assert [list(read_log(file)) for file in folder.glob("*.parquet")] == [[]]
 
 
 STEPS = ["begin_erasure", "append", "remove", "forget_idempotency", "delete_completions", "delete_tasks", "copy_log"]
@@ -395,15 +363,3 @@ async def test_killed_for_real_it_is_finished_by_running_it_again(
     assert files_with(state_dir) == []
     assert in_memory(redis) == []
     assert [e.record.id async for e in store.scan() if e.record.kind != "erasure"] == bobs
-
-
-async def test_the_lease_is_renewed_while_an_erasure_takes_long(
-    store: FeedbackStore, redis: Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(keys, "ERASURE_LEASE_SECONDS", 1)
-    began = time.monotonic()
-    async with store.erasing() as holder:
-        while time.monotonic() - began < 1.6:
-            await asyncio.sleep(0.05)
-            assert redis.get(keys.ERASURE_LEASE) == holder.encode()
-    assert not redis.exists(keys.ERASURE_LEASE)

@@ -12,6 +12,8 @@ import pytest
 from feedback.principals import KeyStore, Scope
 from feedback.settings import FeedbackSettings
 
+NO_REDIS = "redis://127.0.0.1:1"
+
 
 def keys(redis_url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("INSTRUCTLOOP_")}
@@ -74,29 +76,37 @@ def test_json_holds_the_key_once(redis_url: str) -> None:
     assert listed(redis_url) == [made]
 
 
+async def test_refusals_exit_1(redis_url: str) -> None:
+    unfit = keys(redis_url, "create", "--principal", "a:b", "--scopes", "feedback")
+    assert (unfit.returncode, unfit.stdout) == (1, "")
+    assert "64 letters" in unfit.stderr
+    unknown = keys(redis_url, "revoke", "abcdef")
+    assert (unknown.returncode, unknown.stdout) == (1, "")
+    assert "no key has that id" in unknown.stderr
+    store = KeyStore.connect(redis_url, FeedbackSettings())
+    assert not await store.any_keys()
+    await store.close()
+
+
 @pytest.mark.parametrize(
-    ("arguments", "status", "said"),
+    ("arguments", "said"),
     [
-        (["create", "--principal", "a:b", "--scopes", "feedback"], 1, "64 letters"),
-        (["revoke", "abcdef"], 1, "no key has that id"),
-        (["create", "--principal", "alice", "--scopes", "everything"], 2, "scopes are"),
-        (["create", "--principal", "alice", "--scopes", ""], 2, "scopes are"),
-        (["create", "--principal", "alice"], 2, "--scopes"),
-        (["create", "--principal", "alice", "--scopes", "feedback", "--requests-per-minute", "0"], 2, "per-minute"),
-        (["revoke"], 2, "ID"),
-        (["lend"], 2, "lend"),
+        (["create", "--principal", "alice", "--scopes", "everything"], "scopes are"),
+        (["create", "--principal", "alice", "--scopes", ""], "scopes are"),
+        (["create", "--principal", "alice"], "--scopes"),
+        (["create", "--principal", "alice", "--scopes", "feedback", "--requests-per-minute", "0"], "per-minute"),
+        (["revoke"], "ID"),
+        (["lend"], "lend"),
     ],
 )
-def test_refusals_exit_1_and_usage_errors_2(redis_url: str, arguments: list[str], status: int, said: str) -> None:
-    done = keys(redis_url, *arguments)
-    assert done.returncode == status
+def test_usage_errors_exit_2_before_redis_is_asked(arguments: list[str], said: str) -> None:
+    done = keys(NO_REDIS, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr
-    assert done.stdout == ""
-    assert listed(redis_url) == []
 
 
 def test_without_redis_nothing_is_made() -> None:
-    gone = keys("redis://127.0.0.1:1", "create", "--principal", "alice", "--scopes", "feedback")
+    gone = keys(NO_REDIS, "create", "--principal", "alice", "--scopes", "feedback")
     assert (gone.returncode, gone.stdout) == (1, "")
     assert "Redis at redis://127.0.0.1 cannot serve" in gone.stderr
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from redis import Redis
 
+from feedback.controls import in_force
 from feedback.errors import CorruptRecord, IdempotencyKeyReuse
 from feedback.records import (
     BlindTask,
@@ -178,6 +179,36 @@ async def test_a_later_comparison_of_the_same_candidates_replaces_the_first(
     assert await store.in_force([]) == []
 
 
+async def test_a_repetition_in_another_task_replaces_nothing(
+    store: FeedbackStore, make_comparison: MakeComparison
+) -> None:
+    ids = tuple(Candidate(completion_id="cmpl-1", index=index, text="t") for index in (0, 1))
+    first = make_comparison(source="task", task_id="task_1", candidates=ids)
+    repeat = make_comparison(source="task", task_id="task_2", candidates=ids[::-1])
+    second_thought = make_comparison(source="task", task_id="task_1", candidates=ids, ranking=((0, 1),))
+    named = make_comparison(source="candidates", candidates=ids, comment="by name")
+    repeat_again = make_comparison(source="task", task_id="task_2", candidates=ids, comment="again")
+    given: list[Comparison] = []
+    for record in (first, repeat, second_thought, named, repeat_again):
+        await store.append(record)
+        given.append(record)
+        holds = [one for one, held in zip(given, await store.in_force(given), strict=True) if held]
+        assert holds == list(in_force(given).ordinary), "as training takes them"
+    assert holds == [named]
+
+
+async def test_a_golden_answer_stands_whoever_is_said_to_judge_its_candidates(
+    store: FeedbackStore, make_comparison: MakeComparison
+) -> None:
+    golden = make_comparison(labeler="root", metadata={"golden": "true"})
+    check = make_comparison(labeler="root", source="task", task_id="task_1", ranking=((1,), (0,)))
+    for record in (golden, check):
+        await store.append(record)
+    assert await store.in_force([golden, check]) == [True, True]
+    await store.append(make_comparison(labeler="root"))
+    assert await store.in_force([golden]) == [False], "withdrawn"
+
+
 async def test_completions_are_kept_as_long_as_asked(store: FeedbackStore, redis: Redis) -> None:
     await store.keep([completion(1), completion(2, store=True), completion(3, store=False)])
     assert await store.completion("cmpl-1") == completion(1)
@@ -227,6 +258,9 @@ async def test_a_task_is_kept_for_its_time(store: FeedbackStore, redis: Redis) -
     await store.keep_task(task)
     assert await store.task("task_1") == task
     assert await store.task("task_2") is None
+    await store.give("L-1", task.prompt)
+    [seen] = redis.scan_iter("task:seen:*")
+    assert await store.task(seen.removeprefix("task:")) is None, "no task, and nothing that tells of labelers"
     assert 24 * 3600 - 5 <= redis.ttl("task:task_1") <= 24 * 3600
 
 

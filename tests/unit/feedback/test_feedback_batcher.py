@@ -11,18 +11,32 @@ class Late(Exception):
 
 
 class Doubler:
-    """Answers twice the number, an error for a negative one; a batch with 13 fails as a whole."""
+    """Answers twice the number, an error for a negative one; a batch with 13 fails as a whole.
 
-    def __init__(self, seconds: float = 0.0) -> None:
+    Once ``hold`` was awaited, a batch is under way, until ``let_go``.
+    """
+
+    def __init__(self) -> None:
         self.batches: list[list[int]] = []
-        self.seconds = seconds
+        self._free = asyncio.Event()
+        self._free.set()
 
     async def send(self, batch: Sequence[int]) -> list[int | Exception]:
         self.batches.append(list(batch))
-        await asyncio.sleep(self.seconds)
+        await self._free.wait()
         if 13 in batch:
             raise ConnectionError("13")
         return [2 * n if n >= 0 else ValueError(n) for n in batch]
+
+    async def hold(self, group: Batcher[int, int], number: int) -> asyncio.Task[int]:
+        self._free.clear()
+        task = asyncio.create_task(group.submit(number))
+        while not self.batches:
+            await asyncio.sleep(0)
+        return task
+
+    def let_go(self) -> None:
+        self._free.set()
 
 
 def batcher(doubler: Doubler, max_wait_seconds: float = 10.0) -> Batcher[int, int]:
@@ -44,11 +58,12 @@ async def test_one_error_is_only_its_callers() -> None:
 
 
 async def test_a_failed_batch_fails_those_who_wait_behind_it_and_the_next_one_works() -> None:
-    doubler = Doubler(seconds=0.02)
+    doubler = Doubler()
     group = batcher(doubler)
-    first = asyncio.create_task(group.submit(13))
-    await asyncio.sleep(0.01)
+    first = await doubler.hold(group, 13)
     behind = asyncio.create_task(group.submit(1))
+    await asyncio.sleep(0)
+    doubler.let_go()
     for task in (first, behind):
         with pytest.raises(ConnectionError, match="13"):
             await task
@@ -63,34 +78,40 @@ async def test_a_batch_is_bounded() -> None:
 
 
 async def test_who_waited_too_long_is_told_so_and_not_sent() -> None:
-    doubler = Doubler(seconds=0.05)
-    group = batcher(doubler, max_wait_seconds=0.01)
-    first = asyncio.create_task(group.submit(1))
-    await asyncio.sleep(0.005)
+    doubler = Doubler()
+    group = batcher(doubler, max_wait_seconds=0.2)
+    first = await doubler.hold(group, 1)
+    late = asyncio.create_task(group.submit(2))
+    await asyncio.sleep(0.25)
+    doubler.let_go()
     with pytest.raises(Late):
-        await group.submit(2)
+        await late
     assert await first == 2
     await group.close()
     assert [n for batch in doubler.batches for n in batch] == [1]
 
 
 async def test_an_item_whose_caller_left_is_not_sent() -> None:
-    doubler = Doubler(seconds=0.02)
+    doubler = Doubler()
     group = batcher(doubler)
-    first = asyncio.create_task(group.submit(1))
-    await asyncio.sleep(0.005)
+    first = await doubler.hold(group, 1)
     left = asyncio.create_task(group.submit(2))
     await asyncio.sleep(0)
     left.cancel()
+    doubler.let_go()
     await first
     await group.close()
     assert [n for batch in doubler.batches for n in batch] == [1]
 
 
 async def test_close_waits_for_what_was_submitted() -> None:
-    group = batcher(Doubler(seconds=0.02))
+    doubler = Doubler()
+    group = batcher(doubler)
     await group.close()
-    task = asyncio.create_task(group.submit(4))
+    task = await doubler.hold(group, 4)
+    closing = asyncio.create_task(group.close())
     await asyncio.sleep(0)
-    await group.close()
-    assert await asyncio.wait_for(task, 0.01) == 8
+    assert not closing.done()
+    doubler.let_go()
+    await closing
+    assert await task == 8

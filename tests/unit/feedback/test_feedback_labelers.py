@@ -5,6 +5,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from scipy.special import expit
+from scipy.stats import binomtest
 
 from feedback.labelers import (
     NOMINAL,
@@ -13,6 +14,7 @@ from feedback.labelers import (
     LabelerReport,
     assess,
     candidate_keys,
+    fair_coin_p,
     krippendorff_alpha,
     weights,
 )
@@ -304,6 +306,13 @@ def test_position_counts_blind_tasks_only() -> None:
     ann = report.labelers["ann"]
     assert ann.first_shown and (ann.first_shown.value, ann.first_shown.n) == (2 / 3, 3)
     assert ann.first_shown_p == 1
+
+
+@pytest.mark.parametrize("tosses", [1, 2, 7, 100, 101, 2000])
+def test_a_fair_coins_p_value_is_that_of_the_exact_test(tosses: int) -> None:
+    for heads in {0, 1, tosses // 3, tosses // 2, tosses - tosses // 2, tosses}:
+        assert fair_coin_p(heads, tosses) == pytest.approx(binomtest(heads, tosses).pvalue, rel=1e-9)
+    assert fair_coin_p(0, 0) == 1
 
 
 def test_speed() -> None:

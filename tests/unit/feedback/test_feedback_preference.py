@@ -54,6 +54,14 @@ def test_one_ranking_is_one_outcome_however_many_candidates() -> None:
     assert preferences([blind([3, 4, 5], [[2], [0], [1]])], 3, 4) == [1]
 
 
+def test_one_task_is_one_outcome_however_many_labelers() -> None:
+    def of_task(task_id: str, labeler: str, ranking: list[list[int]]) -> Comparison:
+        return blind([3, 4], ranking).model_copy(update={"task_id": task_id, "labeler": labeler})
+
+    crowd = [of_task("task_1", f"L-{n}", [[0], [1]]) for n in range(500)]
+    assert preferences([*crowd, of_task("task_2", "L-1", [[1], [0]])], 3, 4) == [1, -1]
+
+
 def games(results: dict[tuple[int, int], tuple[int, int, int]]) -> list[Comparison]:
     """Comparisons of two versions, each of its own prompt: how often the first won, lost and tied."""
     rankings = [[[0], [1]], [[1], [0]], [[0, 1]]]

@@ -134,16 +134,26 @@ async def test_a_key_is_revoked_by_a_beginning_that_names_it_alone(keys: KeyStor
 
 @pytest.mark.parametrize(
     "damage",
-    [["scopes", "everything"], ["principal", "a:b"], ["sha256", "0" * 64], ["created", "soon"], ["more", "yes"]],
+    [
+        ["scopes", "everything"],
+        ["principal", "a:b"],
+        ["principal", b"alic\xe5"],
+        ["sha256", "0" * 64],
+        ["created", "soon"],
+        ["more", "yes"],
+        [b"scop\xe5s", "unheard of"],
+    ],
 )
 async def test_a_damaged_key_lets_nobody_in(
-    keys: KeyStore, client: Redis, damage: list[str], caplog: pytest.LogCaptureFixture
+    keys: KeyStore, client: Redis, damage: list[str | bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     text, key = await keys.create("alice", [Scope.FEEDBACK])
+    other, sound = await keys.create("bob", [Scope.FEEDBACK])
     await client.hset(f"auth:key:{key.sha256}", items=damage)
     assert await keys.find(text) is None
-    assert await keys.all() == []
-    assert damage[1] not in caplog.text
+    assert await keys.find(other) == sound
+    assert await keys.all() == [sound]
+    assert str(damage[1]) not in caplog.text
 
 
 async def test_the_request_after_the_last_allowed_is_refused(keys: KeyStore, clock: Clock) -> None:
