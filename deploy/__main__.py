@@ -89,9 +89,9 @@ def canary(
     as_json: AsJson = False,
 ) -> None:
     """Let a version serve a share of the traffic and one side of blind comparisons."""
-    transition = operations.start_canary(context.obj.registry, number, fraction, override)
 
     async def act(stores: Stores) -> Release:
+        transition = operations.start_canary(context.obj.registry, number, fraction, override)
         return await _change(stores, transition, "canary", operations.why(reason, override), expect, dry_run)
 
     _print_release(with_stores(context.obj, act), dry_run, as_json)

@@ -66,10 +66,10 @@ def with_stores(loop: Loop, act: Callable[[Stores], Awaitable[Result]]) -> Resul
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Inside, an error of ours is printed and ends the command with exit 1."""
+    """Inside, an error of ours, or of the disk's, is printed and ends the command with exit 1."""
     try:
         yield
-    except (DeployError, FeedbackError) as error:
+    except (DeployError, FeedbackError, OSError) as error:
         typer.echo(f"refused: {error}", err=True)
         raise typer.Exit(1) from error
 

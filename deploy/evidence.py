@@ -34,6 +34,8 @@ class CanaryEvidence:
         self._given: dict[tuple[str, str | None], Comparison] = {}
         """Comparisons by who judged what in which task, in log order."""
         self._told: tuple[Comparison, ...] = ()
+        self._changed = False
+        """Whether ``_given`` has what ``_told`` lacks, as after a read that Redis broke off."""
 
     async def read(self, release: Release) -> tuple[Comparison, ...]:
         """Those of the canary and the stable version since the canary began, in log order; () without a canary.
@@ -49,13 +51,12 @@ class CanaryEvidence:
         if restarted or self._generation != release.generation:
             self._generation = release.generation
             self._cursor = f"{int(release.changed_at * 1000)}-0"
-            self._given, self._told = {}, ()
-        changed = False
+            self._given, self._told, self._changed = {}, (), False
         async for batch in self._feedback.batches(self._cursor, _BATCH):
             for entry in batch:
-                changed |= self._add(entry, {release.canary, release.stable})
-        if changed:
-            self._told = tuple(self._given.values())
+                self._changed |= self._add(entry, {release.canary, release.stable})
+        if self._changed:
+            self._told, self._changed = tuple(self._given.values()), False
         return self._told
 
     def _add(self, entry: LogEntry, arms: set[int]) -> bool:

@@ -24,6 +24,9 @@ from deploy.versions import FileDigest, Manifest, Version, VersionKind
 MANIFEST = "manifest.json"
 MANIFEST_DIGEST = "manifest.sha256"
 MANIFEST_SIGNATURE = "manifest.sig"
+_INDEX = "model.safetensors.index.json"
+_VOCABULARIES = frozenset({"tokenizer.json", "vocab.json"})
+"""Megabytes of JSON in which no loader looks for code: parsing them would hold up a server that loads a version."""
 
 _ALLOWED = re.compile(
     r"(config|generation_config|model\.safetensors\.index|tokenizer|tokenizer_config|special_tokens_map"
@@ -45,31 +48,46 @@ def files_to_publish(source: Path) -> list[Path]:
         raise PublishRefused(f"{source} is not a directory")
     files = sorted(source.iterdir())
     for path in files:
-        if path.is_symlink() or not path.is_file():
-            raise PublishRefused(f"{path.name} is not a regular file; a version holds files only, no links")
-        if not _ALLOWED.fullmatch(path.name):
-            raise PublishRefused(f"{path.name} may not be in a version (safetensors, tokenizer and config files only)")
-        if path.suffix == ".json":
-            _check_json(path)
+        if (objection := _objection(path)) is not None:
+            raise PublishRefused(objection)
     names = {path.name for path in files}
     if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
         raise PublishRefused(f"{source} holds no model: config.json and *.safetensors are needed")
     return files
 
 
-def _check_json(path: Path) -> None:
+def _objection(path: Path) -> str | None:
+    """Why a file may not be in a version; None where it may."""
+    if path.is_symlink() or not path.is_file():
+        return f"{path.name} is not a regular file; a version holds files only, no links"
+    if not _ALLOWED.fullmatch(path.name):
+        return f"{path.name} may not be in a version (safetensors, tokenizer and config files only)"
+    if path.suffix != ".json":
+        return None
     try:
         document = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise PublishRefused(f"{path.name} is not JSON: {error}") from error
-    if _names_code(document):
-        raise PublishRefused(f"{path.name} has auto_map, which loads code; a version never runs code")
+        if _names_code(document):
+            return f"{path.name} has auto_map, which loads code; a version never runs code"
+    except (ValueError, RecursionError) as error:
+        return f"{path.name} is not JSON: {error}"
+    if path.name == _INDEX and not _names_shards_beside(path, document):
+        return f"{path.name} must name weights of its own directory, and it names others"
+    return None
 
 
 def _names_code(document: object) -> bool:
     if isinstance(document, dict):
         return "auto_map" in document or any(_names_code(value) for value in document.values())
     return isinstance(document, list) and any(_names_code(value) for value in document)
+
+
+def _names_shards_beside(index: Path, document: object) -> bool:
+    """A loader opens what ``weight_map`` names, also ``../elsewhere.safetensors``, which no digest covers."""
+    shards = document.get("weight_map") if isinstance(document, dict) else None
+    return isinstance(shards, dict) and all(
+        isinstance(name, str) and _ALLOWED.fullmatch(name) and (index.parent / name).is_file()
+        for name in shards.values()
+    )
 
 
 def digest(path: Path) -> FileDigest:
@@ -110,11 +128,15 @@ def _seal(descriptor: int) -> None:
 def replace_atomically(target: Path, content: bytes) -> None:
     """Replace a file so that a reader, or a power cut, finds the old content or the new, never half."""
     temporary = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
-    with temporary.open("xb") as writer:
-        writer.write(content)
-        writer.flush()
-        os.fsync(writer.fileno())
-    temporary.replace(target)
+    try:
+        with temporary.open("xb") as writer:
+            writer.write(content)
+            writer.flush()
+            os.fsync(writer.fileno())
+        temporary.replace(target)
+    except OSError:  # a full disk, say, where each attempt would leave another file
+        temporary.unlink(missing_ok=True)
+        raise
     sync_directory(target.parent)
 
 
@@ -172,7 +194,10 @@ def read_manifest(path: Path, kind: VersionKind, number: int, signatures: Signat
 
 
 def check_files(version: Version, signatures: Signatures) -> None:
-    """Compare every file with its digest. Raises VersionCorrupt naming the file and what differs."""
+    """Compare every file with its digest, and ask of each what publishing asks, whoever wrote the manifest.
+
+    Raises VersionCorrupt naming the file and what differs.
+    """
     read_manifest(version.path, version.kind, version.number, signatures)
     expected = version.manifest.files
     present = {path.name for path in version.path.iterdir()} - {MANIFEST, MANIFEST_DIGEST, MANIFEST_SIGNATURE}
@@ -182,11 +207,16 @@ def check_files(version: Version, signatures: Signatures) -> None:
             raise VersionCorrupt(f"{path}: missing from {version}")
         if name not in expected or path.is_symlink() or not path.is_file():
             raise VersionCorrupt(f"{path}: was not published with {version}")
-        found = digest(path)
+        try:
+            found = digest(path)
+        except OSError as error:
+            raise VersionCorrupt(f"{path}: cannot be read: {error.strerror}") from error
         if found.bytes != expected[name].bytes:
             raise VersionCorrupt(f"{path}: {found.bytes} bytes, published with {expected[name].bytes}")
         if found.sha256 != expected[name].sha256:
             raise VersionCorrupt(f"{path}: sha256 {found.sha256}, published with {expected[name].sha256}")
+        if name not in _VOCABULARIES and (objection := _objection(path)) is not None:
+            raise VersionCorrupt(f"{path}: {objection}")
 
 
 def numbers_in(home: Path) -> list[int]:

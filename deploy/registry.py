@@ -111,7 +111,7 @@ class Registry:
             VersionCorrupt: Its manifest is not what was published.
         """
         path = self._home(kind) / str(number)
-        if number not in self.numbers(kind):
+        if number < 1 or not (path / files.MANIFEST).is_file():
             existing = ", ".join(str(n) for n in self.numbers(kind)) or "none"
             raise errors.VersionNotFound(f"there is no {kind} version {number} in {path.parent}; existing: {existing}")
         return Version(files.read_manifest(path, kind, number, self._signatures), path)
@@ -120,11 +120,6 @@ class Registry:
         """The numbers of the versions that exist, ascending."""
         home = self._home(kind)
         return [number for number in files.numbers_in(home) if (home / str(number) / files.MANIFEST).is_file()]
-
-    def newest(self, kind: VersionKind) -> Version | None:
-        """The version with the highest number; None where there is none. Raises VersionCorrupt."""
-        numbers = self.numbers(kind)
-        return self.get(kind, numbers[-1]) if numbers else None
 
     def verify(self, version: Version) -> None:
         """Compare every file with its digest. Raises VersionCorrupt naming the file and what differs."""
@@ -174,7 +169,7 @@ class ReleaseStore:
             reason = f"Redis was empty; {self._copy} knew generation {known.generation}"
             await self._compare_and_set(0, known, {"verb": "restore", "by": _whoami(), "reason": reason})
             release = await self._read()
-        self._remember(release)
+        await asyncio.to_thread(self._remember, release)  # shared storage that hangs must not stop completions
         return release
 
     async def _read(self) -> Release:
@@ -242,7 +237,7 @@ class ReleaseStore:
         changed = changed.model_copy(update=stamp | {"by": by, "reason": reason})
         if not await self._compare_and_set(release.generation, changed, attempt):
             raise errors.StaleGeneration(f"the release left generation {release.generation} meanwhile; look again")
-        self._remember(changed)
+        await asyncio.to_thread(self._remember, changed)
         return changed
 
     async def _compare_and_set(self, generation: int, release: Release, attempt: dict[str, str]) -> bool:

@@ -124,7 +124,7 @@ def up(loop: LoopSettings, port: int, print_line: Callable[[str], None]) -> None
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     with contextlib.suppress(KeyboardInterrupt), running(loop, port) as local:
-        if Registry(loop.state).newest(VersionKind.POLICY) is None:
+        if not Registry(loop.state).numbers(VersionKind.POLICY):
             print_line("no policy version yet: pretraining and fine-tuning the tiny world's (about 5 minutes)")
             local.run("train", "pretrain")
             local.run("train", "sft")

@@ -1,17 +1,9 @@
 """The verdict: what blind comparisons say about a canary, valid however often one looks.
 
-Each claim is tested by betting against its opposite. A comparison the canary wins is x = +1, one it loses
-x = −1; ties are left out. Against the null hypothesis E[x] ≤ −2m (the canary is preferred with probability
-at most ½ − m), a gambler who stakes the fraction κ of what can be lost without ruin multiplies his wealth by
-
-    1 + κ (x + 2m) / (1 − 2m)        that is (1 + κ (1 + 2m)/(1 − 2m)) for a win, (1 − κ) for a loss,
-
-whose expectation under the null is at most 1. So is that of the mean over many κ, which spares us choosing
-one. By Ville's inequality such a wealth ever reaches 1/α with probability at most α, whenever one stops
-(Waudby-Smith and Ramdas, "Estimating means of bounded random variables by betting", 2023, §4).
-
-Three wealths are kept: *better* (m = 0), *worse* (m = 0, wins and losses exchanged) and *not worse* (m = the
-margin). The highest value each has reached is what counts.
+Each claim is tested by betting against its opposite, on the comparisons that are no tie (``deploy.bets``). Three
+wealths are kept: *better* bets against a preference of at most ½, *worse* does the same with wins and losses exchanged,
+and *not worse* bets against at most ½ − margin. The highest value each has reached is what counts: where what it bets
+against is true, it ever reaches 1/α with probability at most α.
 
 A version that is not worse overall may still have lost one kind of task: *not worse* also asks that none be
 down by more than ``max_task_drop`` standard errors. And since each step may lose the margin, not being worse does

@@ -25,14 +25,15 @@ OfRewardModel = Annotated[bool, typer.Option("--reward-model", help="Reward mode
 @app.command("list")
 def list_versions(context: typer.Context, reward_model: OfRewardModel = False, as_json: AsJson = False) -> None:
     """List the versions, oldest first."""
-    registry: Registry = context.obj.registry
     kind = _kind(reward_model)
     rows: list[dict[str, Any]] = []
-    for number in registry.numbers(kind):
-        try:
-            rows.append(_summary(registry.get(kind, number)))
-        except VersionCorrupt as error:
-            rows.append({"version": number, "corrupt": str(error)})
+    with refusing():
+        registry: Registry = context.obj.registry
+        for number in registry.numbers(kind):
+            try:
+                rows.append(_summary(registry.get(kind, number)))
+            except VersionCorrupt as error:
+                rows.append({"version": number, "corrupt": str(error)})
     if as_json:
         return print_json(rows)
     table = Table("version", "created", "parent", "comparisons", "gate")
@@ -83,9 +84,10 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Compare every file of the versions with its digest."""
-    registry: Registry = context.obj.registry
     kind = _kind(reward_model)
-    problems = {number: _problem(registry, kind, number) for number in numbers or registry.numbers(kind)}
+    with refusing():
+        registry: Registry = context.obj.registry
+        problems = {number: _problem(registry, kind, number) for number in numbers or registry.numbers(kind)}
     if as_json:
         print_json(problems)
     else:

@@ -1,13 +1,14 @@
 """Liveness, readiness, metrics and version: what probes and scrapers ask."""
 
 import importlib.metadata
-from typing import Literal
+from typing import Annotated, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from serve.error_response import error_body
+from serve.fleet import Fleet
 from serve.openapi import Error
 from serve.services import Services, ServicesDep
 
@@ -53,9 +54,18 @@ async def health() -> Health:
 @router.get(
     "/ready", response_model=Ready, responses={503: {"model": NotReady, "description": "Not ready, with the reasons"}}
 )
-async def ready(services: ServicesDep) -> Response:
+async def ready(
+    services: ServicesDep,
+    only: Annotated[
+        Literal["completions"] | None,
+        Query(
+            description="completions: 200 while completions are served, whatever else is in the way; for balancers, as"
+            " what keeps every server from being ready, Redis or a new release, must not take all of them away"
+        ),
+    ] = None,
+) -> Response:
     """200 only when engines answer, feedback is durable and the newest release is served."""
-    reasons = await _reasons_not_ready(services)
+    reasons = _reasons_not_serving(services.fleet) if only else await _reasons_not_ready(services)
     if reasons:
         body = error_body(503, "not ready: " + "; ".join(reasons)) | {"reasons": reasons}
         return JSONResponse(body, 503, {"Retry-After": "1"})
@@ -65,6 +75,7 @@ async def ready(services: ServicesDep) -> Response:
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(services: ServicesDep) -> Response:
     """Prometheus' text format."""
+    await _reasons_not_ready(services)
     return Response(services.metrics.page(), media_type="text/plain; version=0.0.4")
 
 
@@ -88,21 +99,34 @@ def _vllm_version() -> str:
 
 
 async def _reasons_not_ready(services: Services) -> list[str]:
+    """All that is in the way, a sentence each; the metrics say whether anything is."""
     fleet = services.fleet
-    problems = await services.store.durability_problems()
-    services.metrics.redis_durable.set(not problems)
+    not_durable = await services.store.durability_problems()
+    if fleet.serving.stable is None:
+        reasons = _reasons_not_serving(fleet)
+    else:
+        reasons = [problem for number in fleet.serving.live() for problem in _engine_problems(fleet, number)]
+        if not fleet.converged:
+            reasons.append(
+                f"release generation {fleet.wanted.generation} is not served yet"
+                + (f": {fleet.problem}" if fleet.problem else "")
+            )
+        reasons += not_durable
+    services.metrics.redis_durable.set(not not_durable)
+    services.metrics.ready.set(not reasons)
+    return reasons
+
+
+def _reasons_not_serving(fleet: Fleet) -> list[str]:
+    """Why the stable version completes nothing; a canary's engine is the guard's matter."""
     if fleet.serving.stable is None:
         return [fleet.problem or "no policy version is being served yet"]
-    reasons = []
-    if not fleet.converged:
-        reasons.append(
-            f"release generation {fleet.wanted.generation} is not served yet"
-            + (f": {fleet.problem}" if fleet.problem else "")
-        )
+    return _engine_problems(fleet, fleet.serving.stable)
 
-    for number in fleet.serving.live():
-        if number not in fleet.live or fleet.live[number].dead:
-            reasons.append(f"the engine of version {number} has ended")
-        elif (silent := fleet.live[number].silent_seconds) > ANSWER_SECONDS:
-            reasons.append(f"the engine of version {number} has not answered for {silent:.0f} s")
-    return reasons + problems
+
+def _engine_problems(fleet: Fleet, number: int) -> list[str]:
+    if number not in fleet.live or fleet.live[number].dead:
+        return [f"the engine of version {number} has ended"]
+    if (silent := fleet.live[number].silent_seconds) > ANSWER_SECONDS:
+        return [f"the engine of version {number} has not answered for {silent:.0f} s"]
+    return []

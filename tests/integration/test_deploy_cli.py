@@ -182,3 +182,13 @@ def test_a_settings_mistake_is_a_usage_error(operate: Operate, monkeypatch: pyte
     result = operate("list")
     assert result.exit_code == 2
     assert "deploy.gate.max_kl" in result.stderr
+
+
+@pytest.mark.usefixtures("trial")
+def test_a_key_that_is_none_refuses_every_command_that_needs_it(
+    operate: Operate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INSTRUCTLOOP_DEPLOY__SIGNING__TRUSTED_KEYS", '["none"]')
+    for arguments in (("list",), ("verify",), ("show", "2"), ("diff", "1", "2"), ("canary", "2", "--fraction", "0.1")):
+        result = operate(*arguments)
+        assert (result.exit_code, result.stderr[:17]) == (1, "refused: each of "), arguments

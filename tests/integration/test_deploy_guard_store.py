@@ -20,9 +20,10 @@ from deploy.registry import ReleaseStore
 from deploy.release import Release, ReplicaReport, canary, first, rollback
 from deploy.settings import DeploySettings, VerdictSettings
 from deploy.verdict import Verdict
+from feedback.errors import StoreUnavailable
 from feedback.records import Candidate, Comparison, Erasure, Prompt, name_digest, new_id
 from feedback.settings import FeedbackSettings
-from feedback.store import FeedbackStore
+from feedback.store import FeedbackStore, LogEntry
 
 PROMOTING = DeploySettings(auto_promote="non_inferior", guard_seconds=0.2)
 
@@ -206,6 +207,26 @@ async def test_a_look_reads_only_what_is_new(loop: Loop) -> None:
         assert (await guard.look()).verdict.comparisons == 401
         stats = redis.info("commandstats")
     assert stats["cmdstat_xrange"]["calls"] <= 3, "a few entries, not the four hundred again"
+
+
+async def test_what_was_read_before_redis_went_away_counts_when_it_is_back(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = await loop.begin(2)
+    guard = await loop.guard()
+    await asyncio.gather(*(loop.feedback.append(blind(1 - 2 * (n % 2), n, release)) for n in range(60)))
+    whole = loop.feedback.batches
+
+    async def broken_off(after: str, size: int) -> AsyncIterator[list[LogEntry]]:
+        async for batch in whole(after, size):
+            yield batch
+        monkeypatch.undo()
+        raise StoreUnavailable("Redis has gone before the end of the log was seen")
+
+    monkeypatch.setattr(loop.feedback, "batches", broken_off)
+    with pytest.raises(StoreUnavailable):
+        await guard.look()
+    assert (await guard.look()).verdict.comparisons == 60
 
 
 async def test_of_many_guards_one_acts_and_the_log_has_one_entry(loop: Loop) -> None:

@@ -4,6 +4,8 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -51,9 +53,24 @@ def test_a_version_is_what_was_published(registry: Registry, model: Path) -> Non
 def test_numbers_count_up_for_each_kind_by_itself(registry: Registry, model: Path) -> None:
     assert [registry.publish(POLICY, model).number for _ in range(3)] == [1, 2, 3]
     assert registry.publish(Draft(kind=VersionKind.REWARD_MODEL), model).number == 1
-    newest = registry.newest(VersionKind.POLICY)
-    assert newest is not None and newest.number == 3
     assert [version.number for version in registry.list(VersionKind.POLICY)] == [1, 2, 3]
+
+
+def test_a_long_list_of_versions_is_looked_through_once(
+    registry: Registry, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(4):
+        registry.publish(POLICY, model)
+    searched: list[Path] = []
+    search = files.numbers_in
+
+    def counted(home: Path) -> list[int]:
+        searched.append(home)
+        return search(home)
+
+    monkeypatch.setattr(files, "numbers_in", counted)
+    assert len(registry.list(VersionKind.POLICY)) == 4
+    assert len(searched) == 1
 
 
 def test_a_missing_version_names_those_that_exist(registry: Registry, model: Path) -> None:
@@ -63,7 +80,10 @@ def test_a_missing_version_names_those_that_exist(registry: Registry, model: Pat
     registry.publish(POLICY, model)
     with pytest.raises(VersionNotFound, match=r"no policy version 9.*existing: 1, 2"):
         registry.get(VersionKind.POLICY, 9)
-    assert Registry(Path("nowhere")).newest(VersionKind.POLICY) is None
+    for odd in (0, -1):
+        with pytest.raises(VersionNotFound):
+            registry.get(VersionKind.POLICY, odd)
+    assert Registry(Path("nowhere")).numbers(VersionKind.POLICY) == []
 
 
 def _flip(path: Path) -> None:
@@ -102,6 +122,50 @@ def test_a_file_that_was_slipped_in_is_found(registry: Registry, model: Path) ->
     (version.path / "modeling_evil.py").write_text("import os")
     with pytest.raises(VersionCorrupt, match=r"modeling_evil\.py"):
         registry.verify(version)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("pytorch_model.bin", b"a pickle"),
+        ("modeling_evil.py", b"import os"),
+        ("config.json", b'{"auto_map": {"AutoModel": "modeling_evil.Model"}}'),
+        ("model.safetensors.index.json", b'{"weight_map": {"head": "../../elsewhere.safetensors"}}'),
+    ],
+)
+def test_no_manifest_makes_a_file_allowed(registry: Registry, model: Path, name: str, content: bytes) -> None:
+    """Whoever can write to the disk can list a file with its digest; that does not make it one a loader may open."""
+    version = registry.publish(POLICY, model)
+    (version.path / name).unlink(missing_ok=True)
+    (version.path / name).write_bytes(content)
+    manifest = json.loads((version.path / files.MANIFEST).read_text())
+    manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    body = json.dumps(manifest).encode()
+    for own, text in (
+        (files.MANIFEST, body),
+        (files.MANIFEST_DIGEST, f"{hashlib.sha256(body).hexdigest()}  {files.MANIFEST}\n".encode()),
+    ):
+        (version.path / own).unlink()
+        (version.path / own).write_bytes(text)
+    forged = registry.get(VersionKind.POLICY, 1)
+    assert name in forged.manifest.files
+    with pytest.raises(VersionCorrupt, match=re.escape(name)):
+        registry.verify(forged)
+
+
+def test_a_file_that_the_disk_does_not_give_back_is_named(state_dir: Path, model: Path) -> None:
+    registry = Registry(state_dir)
+    version = registry.publish(POLICY, model)
+    (version.path / "tokenizer.json").chmod(0)
+    user = os.geteuid()
+    try:
+        if user == 0:  # who may read everything
+            state_dir.chmod(0o755)
+            os.seteuid(65534)
+        with pytest.raises(VersionCorrupt, match=r"tokenizer\.json: cannot be read"):
+            registry.verify(version)
+    finally:
+        os.seteuid(user)
 
 
 def test_a_changed_manifest_is_found_when_it_is_read(registry: Registry, model: Path) -> None:
@@ -146,12 +210,25 @@ def test_links_directories_and_code_do_not_get_in(registry: Registry, model: Pat
     (model / "config.json").write_text(json.dumps({"text_config": [{"auto_map": {"AutoModel": "evil.Model"}}]}))
     with pytest.raises(PublishRefused, match="auto_map"):
         registry.publish(POLICY, model)
-    (model / "config.json").write_text("{")
-    with pytest.raises(PublishRefused, match="not JSON"):
-        registry.publish(POLICY, model)
+    for odd in ("{", "[" * 100_000, '{"a":' * 400 + "1" + "}" * 400):
+        (model / "config.json").write_text(odd)
+        with pytest.raises(PublishRefused, match="not JSON"):
+            registry.publish(POLICY, model)
     (model / "config.json").unlink()
     with pytest.raises(PublishRefused, match="holds no model"):
         registry.publish(POLICY, model)
+
+
+def test_an_index_names_weights_of_its_own_directory(registry: Registry, model: Path) -> None:
+    index = model / "model.safetensors.index.json"
+    elsewhere = model.parent / "elsewhere.safetensors"
+    elsewhere.write_bytes(b"weights that no digest covers")
+    for wrong in ({}, {"weight_map": {"w": "../elsewhere.safetensors"}}, {"weight_map": {"w": str(elsewhere)}}):
+        index.write_text(json.dumps(wrong))
+        with pytest.raises(PublishRefused, match=r"index\.json must name weights of its own directory"):
+            registry.publish(POLICY, model)
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": {"w": "model.safetensors"}}))
+    registry.verify(registry.publish(POLICY, model))
 
 
 def test_a_run_publishes_once(registry: Registry, model: Path) -> None:
@@ -187,7 +264,7 @@ def test_a_publisher_killed_between_manifest_and_rename_leaves_no_version(
     assert publisher.exitcode == -signal.SIGKILL
     (orphan,) = (tmp_path / "state" / "policies").glob(".tmp-*")
     assert (orphan / files.MANIFEST).exists(), "it died as late as it could"
-    assert registry.newest(VersionKind.POLICY) is None
+    assert registry.numbers(VersionKind.POLICY) == []
     assert registry.sweep(dry_run=True) == [orphan] and orphan.exists()
     assert registry.sweep() == [orphan] and not orphan.exists()
     assert registry.publish(POLICY, model).number == 1
@@ -240,3 +317,16 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     files.replace_atomically(target, b"two")
     assert target.read_bytes() == b"two"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_file_that_the_disk_has_no_room_for_leaves_the_old_one_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "release.json"
+    files.replace_atomically(target, b"one")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            files.replace_atomically(target, b"three")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == [target] and target.read_bytes() == b"one"

@@ -1,6 +1,8 @@
 """The release, its log and the training lease in a real Redis."""
 
 import asyncio
+import os
+import threading
 import time
 from collections.abc import AsyncIterator
 from functools import partial
@@ -126,15 +128,15 @@ async def test_changes_are_announced(store: ReleaseStore, redis_url: str, state_
     await asyncio.wait_for(waiting, 2.0)
     began = time.monotonic()
     await server.changed(0.2)
-    assert 0.15 < time.monotonic() - began < 1.5, "without news, the time is up"
+    assert 0.15 < time.monotonic() - began < 10, "without news, the time is up"
     await server.close()
 
 
 async def test_servers_are_forgotten_once_they_fall_silent(store: ReleaseStore) -> None:
     await store.report(ReplicaReport(replica="a", generation=1, live=(1,)))
-    await store.report(ReplicaReport(replica="b", generation=0, live=()), ttl_seconds=0.05)
+    await store.report(ReplicaReport(replica="b", generation=0, live=()), ttl_seconds=2.0)
     assert [r.replica for r in await store.replicas()] == ["a", "b"]
-    await asyncio.sleep(0.1)
+    await asyncio.sleep(2.1)
     assert await store.replicas() == [ReplicaReport(replica="a", generation=1, live=(1,))]
 
 
@@ -161,6 +163,19 @@ async def test_an_empty_redis_is_given_the_release_back(store: ReleaseStore, red
     assert await store.read() == released
     newest = (await store.history(1))[0]
     assert (newest.verb, newest.accepted) == ("restore", True)
+
+
+async def test_storage_that_hangs_stops_nothing_but_the_copy(store: ReleaseStore, state_dir: Path) -> None:
+    copy = state_dir / "release.json"
+    copy.unlink()
+    os.mkfifo(copy)  # whoever reads it waits for somebody who writes
+    threading.Timer(0.5, copy.write_bytes, [b"what was there"]).start()
+    reading, turns = asyncio.create_task(store.read()), 0
+    while not reading.done():
+        await asyncio.sleep(0.01)
+        turns += 1
+    assert turns > 5, "the event loop went on"
+    assert store.last_known() == await reading, "the copy is a file again"
 
 
 async def test_a_release_that_is_none_is_named(store: ReleaseStore, redis_url: str, state_dir: Path) -> None:
@@ -274,9 +289,13 @@ async def test_the_verdict_comes_from_blind_comparisons_since_the_canary_began(
 # --- the lease
 
 
+TERM_SECONDS = 2.0
+"""Of a lease: longer than a busy machine holds up a test."""
+
+
 @pytest.fixture
 async def leases(redis_url: str) -> AsyncIterator[tuple[Lease, Lease]]:
-    pair = Lease.connect(redis_url, 0.3), Lease.connect(redis_url, 0.3)
+    pair = Lease.connect(redis_url, TERM_SECONDS), Lease.connect(redis_url, TERM_SECONDS)
     yield pair
     for lease in pair:
         await lease.close()
@@ -296,8 +315,8 @@ async def test_one_worker_holds_the_lease(leases: tuple[Lease, Lease]) -> None:
 async def test_renewing_keeps_it(leases: tuple[Lease, Lease]) -> None:
     ours, theirs = leases
     assert await ours.acquire()
-    for _ in range(4):
-        await asyncio.sleep(0.15)
+    for _ in range(3):
+        await asyncio.sleep(0.4 * TERM_SECONDS)
         await ours.renew()
     ours.check_time()
     assert not await theirs.acquire()
@@ -308,7 +327,7 @@ async def test_a_paused_holder_is_refused_in_every_way(
 ) -> None:
     ours, theirs = leases
     assert await ours.acquire()
-    await asyncio.sleep(0.4)
+    await asyncio.sleep(1.1 * TERM_SECONDS)
     assert await theirs.acquire()
     with pytest.raises(LeaseLost):
         ours.check_time()

@@ -52,7 +52,11 @@ def test_up_serves_and_stops_cleanly(byte_policy: Callable[[int], Path], state_d
 
 def test_a_child_that_dies_ends_up_with_its_name(byte_policy: Callable[[int], Path], state_dir: Path) -> None:
     deploy = [sys.executable, "-m", "deploy", "--state", str(state_dir)]
-    subprocess.run([*deploy, "import", str(byte_policy(1))], check=True, capture_output=True)
+    for _ in range(2):
+        subprocess.run([*deploy, "import", str(byte_policy(1))], check=True, capture_output=True)
+    candidate = state_dir / "policies" / "2" / "manifest.json"
+    candidate.unlink()
+    candidate.write_text("{}")  # a version that nobody is served by keeps nothing from starting
     broken = os.environ | {"INSTRUCTLOOP_SERVE__MODEL_NAME": "Not A Name"}
     ended = subprocess.run(
         [*deploy, "up", "--port", str(free_port())], env=broken, capture_output=True, text=True, timeout=120

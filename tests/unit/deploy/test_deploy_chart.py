@@ -164,7 +164,12 @@ def test_a_server_is_given_the_time_to_drain(values: Document, drain_seconds: fl
     _, before = container["lifecycle"]["preStop"]["exec"]["command"]
     assert pod["terminationGracePeriodSeconds"] >= int(before) + drain_seconds + 15
     probes = {name: container[name]["httpGet"]["path"] for name in ("startupProbe", "livenessProbe", "readinessProbe")}
-    assert probes == {"startupProbe": "/health", "livenessProbe": "/health", "readinessProbe": "/ready"}
+    # What keeps all servers from being ready, as Redis does or a release that changes, must not empty the Service.
+    assert probes == {
+        "startupProbe": "/health",
+        "livenessProbe": "/health",
+        "readinessProbe": "/ready?only=completions",
+    }
 
 
 def test_a_worker_is_never_two_by_accident(everything: list[Document]) -> None:
@@ -200,6 +205,41 @@ def test_the_network_lets_through_what_is_needed_and_no_more(everything: list[Do
         assert policy["policyTypes"] == ["Ingress", "Egress"]
         assert [[port["port"] for port in rule["ports"]] for rule in policy["egress"]] == [[53, 53], [6379]]
         assert policy["egress"][1]["to"] == given["redis"]
+
+
+def test_a_network_that_keeps_prometheus_out_is_refused(tmp_path: Path) -> None:
+    tool("helm")
+    values: Document = {"networkPolicy": {"clients": [{"podSelector": {}}]}}
+    render(values, tmp_path)
+    with pytest.raises(AssertionError, match=r"networkPolicy\.monitoring who scrapes"):
+        render(values | {"monitoring": {"enabled": True}}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("server", "budgets"),
+    [
+        ({"replicas": 2}, 1),
+        ({"replicas": 1}, 0),
+        ({"replicas": 3, "minAvailable": 3}, 0),
+        ({"replicas": 1, "autoscaling": {"enabled": True, "minReplicas": 2}}, 1),
+        ({"replicas": 3, "autoscaling": {"enabled": True, "minReplicas": 1}}, 0),
+    ],
+    ids=json.dumps,
+)
+def test_no_budget_keeps_a_node_from_being_drained(server: Document, budgets: int, tmp_path: Path) -> None:
+    found = of_kind(documents(render({"server": server}, tmp_path)), "PodDisruptionBudget")
+    assert len(found) == budgets
+
+
+def test_where_no_worker_runs_nobody_is_told_that_none_does(tmp_path: Path) -> None:
+    def told(values: Document) -> list[str]:
+        (rules,) = of_kind(documents(render(values, tmp_path)), "PrometheusRule").values()
+        return [rule["alert"] for group in rules["spec"]["groups"] for rule in group["rules"]]
+
+    both = told({"monitoring": {"enabled": True}})
+    servers = told({"monitoring": {"enabled": True}, "worker": {"enabled": False}})
+    ours = {"NoWorker", "WorkerBlind", "WorkerFailing", "WorkerStuck", "CandidatesRefused"}
+    assert set(both) - set(servers) == ours and "NoServer" in servers
 
 
 def test_monitors_and_rules_agree_about_the_jobs(everything: list[Document]) -> None:

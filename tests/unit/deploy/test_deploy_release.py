@@ -3,7 +3,7 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deploy.errors import TransitionRefused
@@ -68,6 +68,7 @@ VERBS = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(VERBS))
 def test_whatever_operators_do_something_is_stable_and_never_its_own_canary(
     verbs: list[Callable[[Release], Release]],
