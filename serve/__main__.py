@@ -1,6 +1,7 @@
 """``python -m serve``: read the settings, listen, serve the release."""
 
 import asyncio
+import contextlib
 import importlib.metadata
 import logging
 import os
@@ -25,6 +26,7 @@ from feedback.principals import KeyStore
 from feedback.settings import FeedbackSettings, LoopSettings
 from serve.auth import require_keys
 from serve.errors import ServeError
+from serve.listening import listeners
 from serve.settings import ServeSettings
 
 _NEVER = ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
@@ -66,7 +68,7 @@ def _run(settings: ServeSettings, state: Path, redis_url: str) -> None:
     # uvicorn drains, then raises the signal again; unhandled it would end this process before Redis is let go.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     server = create_app(settings, FeedbackSettings.load(), DeploySettings.load(), state, redis_url)
-    uvicorn.run(
+    config = uvicorn.Config(
         server,
         host=settings.host,
         port=settings.port,
@@ -76,6 +78,8 @@ def _run(settings: ServeSettings, state: Path, redis_url: str) -> None:
         server_header=False,
         timeout_graceful_shutdown=int(settings.drain_seconds),
     )
+    with contextlib.suppress(KeyboardInterrupt):  # raised again when uvicorn has drained
+        uvicorn.Server(config).run(listeners(config))
 
 
 def _log_as_json() -> None:

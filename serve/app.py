@@ -8,8 +8,9 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
@@ -81,59 +82,20 @@ def create_app(
         # request for half a second.
         gc.collect()
         gc.freeze()
-        store = FeedbackStore.connect(redis_url, feedback_settings)
-        releases = ReleaseStore.connect(redis_url, state)
-        arms = ArmCounter()
-        recorder = Recorder(store, settings, metrics, arms.lost)
-        replica = f"{socket.gethostname()}:{os.getpid()}"
-
-        def sampled(part: Sampled) -> None:
-            arms.sampled(part)
-            recorder.sampled(part)
-
-        fleet = Fleet(replica, registry, releases, settings, metrics, sampled, arms)
-        guard = Guard(replica, releases, store, deploy_settings)
-        keys = KeyStore.connect(redis_url, feedback_settings)
-        access = Access(keys, loopback=is_loopback(settings.host), memory=state / "api-keys.json")
-        rates = Rates(keys, metrics)
-        await access.refresh()
-        app.state.archive = state / "archive"
-        app.state.services = Services(
-            settings=settings,
-            feedback_settings=feedback_settings,
-            deploy_settings=deploy_settings,
-            store=store,
-            registry=registry,
-            releases=releases,
-            guard=guard,
-            fleet=fleet,
-            recorder=recorder,
-            metrics=metrics,
-            access=access,
-            rates=rates,
-        )
-        metrics.state_free_bytes.set_function(lambda: shutil.disk_usage(state).free)
-        metrics.include_engines(lambda: [engine.metrics for engine in fleet.live.values()])
-        works = (
-            fleet.watch(),
-            fleet.report(),
-            supervise(fleet, settings),
-            guard_canary(guard, deploy_settings.guard_seconds, metrics),
-            recorder.run(),
-            access.watch(),
-        )
-        background = [asyncio.create_task(work) for work in works]
-        for task in background:
-            task.add_done_callback(_end_server_if_failed)
-        try:
-            yield
-        finally:
-            await _end(background)
-            await fleet.close()
-            await recorder.flush()
-            await store.close()
-            await releases.close()
-            await keys.close()
+        async with _connected(
+            settings, feedback_settings, deploy_settings, state, redis_url, metrics, registry
+        ) as services:
+            app.state.archive = state / "archive"
+            app.state.services = services
+            background = [asyncio.create_task(work) for work in _works(services)]
+            for task in background:
+                task.add_done_callback(_end_server_if_failed)
+            try:
+                yield
+            finally:
+                await _end(background)
+                await services.fleet.close()
+                await services.recorder.flush()
 
     app = FastAPI(
         title="instructloop",
@@ -151,6 +113,66 @@ def create_app(
         app.include_router(routes.router)
     app.openapi_schema = describe(app, settings)
     return app
+
+
+@contextlib.asynccontextmanager
+async def _connected(
+    settings: ServeSettings,
+    feedback_settings: FeedbackSettings,
+    deploy_settings: DeploySettings,
+    state: Path,
+    redis_url: str,
+    metrics: Metrics,
+    registry: Registry,
+) -> AsyncIterator[Services]:
+    """The parts of a server, at rest, over connections to Redis that end with them."""
+    store = FeedbackStore.connect(redis_url, feedback_settings)
+    releases = ReleaseStore.connect(redis_url, state)
+    keys = KeyStore.connect(redis_url, feedback_settings)
+    arms = ArmCounter()
+    recorder = Recorder(store, settings, metrics, arms.lost)
+    replica = f"{socket.gethostname()}:{os.getpid()}"
+
+    def sampled(part: Sampled) -> None:
+        arms.sampled(part)
+        recorder.sampled(part)
+
+    fleet = Fleet(replica, registry, releases, settings, metrics, sampled, arms)
+    metrics.state_free_bytes.set_function(lambda: shutil.disk_usage(state).free)
+    metrics.include_engines(lambda: [engine.metrics for engine in fleet.live.values()])
+    access = Access(keys, loopback=is_loopback(settings.host), memory=state / "api-keys.json")
+    try:
+        await access.refresh()
+        yield Services(
+            settings=settings,
+            feedback_settings=feedback_settings,
+            deploy_settings=deploy_settings,
+            store=store,
+            registry=registry,
+            releases=releases,
+            guard=Guard(replica, releases, store, deploy_settings),
+            fleet=fleet,
+            recorder=recorder,
+            metrics=metrics,
+            access=access,
+            rates=Rates(keys, metrics),
+        )
+    finally:
+        await store.close()
+        await releases.close()
+        await keys.close()
+
+
+def _works(services: Services) -> tuple[Coroutine[Any, Any, None], ...]:
+    """What goes on beside the requests, for as long as the server runs."""
+    return (
+        services.fleet.watch(),
+        services.fleet.report(),
+        supervise(services.fleet, services.settings),
+        guard_canary(services.guard, services.deploy_settings.guard_seconds, services.metrics),
+        services.recorder.run(),
+        services.access.watch(),
+    )
 
 
 async def _end(tasks: Iterable[asyncio.Task[None]]) -> None:

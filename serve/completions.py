@@ -1,6 +1,5 @@
 """``POST /v1/completions`` and ``/v1/chat/completions``, and the models they can name."""
 
-import hashlib
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
@@ -102,21 +101,19 @@ async def create_completion(request: Request, services: ServicesDep, principal: 
 def _answer(
     route: str, services: Services, principal: str, body: dict[str, Any], prompts: tuple[Prompt, ...]
 ) -> Response:
-    user = body.get("user", body.get("safety_identifier"))
-    asker = Asker(principal, user if isinstance(user, str) else None, _model_of(body))
+    user = _text_of("user", body)
+    asker = Asker(principal, _text_of("safety_identifier", body) if user is None else user, _text_of("model", body))
     asked = {name: value for name, value in body.items() if name not in _OURS}
-    # Whether a prefix is cached shows in the time to the first token; principals do not share what they can time.
-    asked["cache_salt"] = hashlib.sha256(principal.encode()).hexdigest()
     return EngineAnswer(
         services, asker, route, asked, prompts, metadata=body.get("metadata") or {}, store=body.get("store")
     )
 
 
-def _model_of(body: dict[str, Any]) -> str | None:
-    model = body.get("model")
-    if model is not None and not isinstance(model, str):
-        raise InvalidRequest("model must be a string", "model")
-    return model
+def _text_of(field: str, body: dict[str, Any]) -> str | None:
+    text = body.get(field)
+    if text is not None and not isinstance(text, str):
+        raise InvalidRequest(f"{field} must be a string", field)
+    return text
 
 
 async def _json_object(request: Request) -> dict[str, Any]:

@@ -109,12 +109,12 @@ class _RecordingLLM(AsyncLLM):
         """As vLLM's. The callback has run before the last output is handed on, so feedback may name it at once."""
         recorded = _RECORD.get()
         collected: dict[int, list[float]] | None = None
-        if recorded and sampling_params.logprobs is None and sampling_params.prompt_logprobs is None:
+        if recorded and sampling_params.logprobs is None:
             sampling_params = sampling_params.clone()
             sampling_params.logprobs = 0  # the sampled token's own, which does not show in the client's answer
-            if not sampling_params.stop:  # the engine process does not learn where a stop string ends a request
+            collected = {} if sampling_params.prompt_logprobs is None else None
+            if collected is not None and not sampling_params.stop:  # the engine's process does not know stop strings
                 sampling_params.extra_args = {RECORDED_ONLY: True}
-            collected = {}
         _COLLECT.set(collected)
         delta = sampling_params.output_kind == RequestOutputKind.DELTA
         ended = Sampled(request_id, _openai_sampling(sampling_params), recorded=recorded)
@@ -145,7 +145,7 @@ class _RecordingLLM(AsyncLLM):
 
 def _openai_sampling(sampling: SamplingParams) -> dict[str, Any]:
     more = {name: getattr(sampling, name) for name in ("presence_penalty", "frequency_penalty", "seed")}
-    used = {name: value for name, value in more.items() if value}
+    used = {name: value for name, value in more.items() if value or isinstance(value, int)}  # a seed may be 0
     return {"temperature": sampling.temperature, "top_p": sampling.top_p} | used
 
 
@@ -233,15 +233,15 @@ class Engine:
         return engine
 
     async def complete(
-        self, route: str, body: dict[str, Any], bare_id: str, *, recorded: bool = True
+        self, route: str, body: dict[str, Any], bare_id: str, cache_salt: str, *, recorded: bool = True
     ) -> bytes | AsyncGenerator[str, None]:
         """Answer a request that is within the limits: a JSON object, or the server-sent events of a stream.
 
         Args:
             route: ``CHAT`` or ``TEXT``.
             body: the client's request, without the fields that are the server's own.
-            bare_id: random; the completion's id is this with vLLM's prefix. Never the client's: two clients that
-                send the same id would share a completion.
+            bare_id: random, never the client's, or two could share a completion; its id is this with vLLM's prefix.
+            cache_salt: whoever asks with another one shares no cached prefixes.
             recorded: sample log-probs and report what was sampled, not only how much.
 
         Raises:
@@ -252,7 +252,7 @@ class Engine:
         if self.dead:
             raise NotServing(f"the engine of version {self.version} has ended and is being started again")
         _RECORD.set(recorded)
-        asked = body | {"model": self.model_id, "request_id": bare_id}
+        asked = body | {"model": self.model_id, "request_id": bare_id, "cache_salt": cache_salt}
         try:
             if route == CHAT:
                 chat = ChatCompletionRequest.model_validate(asked)
@@ -271,11 +271,12 @@ class Engine:
             if answer.error.code >= 500:
                 log.warning("the engine failed on a request", exc_info=error)
         if isinstance(answer, ErrorResponse):
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise asyncio.CancelledError  # vLLM has made an answer of it
             raise EngineRefused(answer.error.code, answer.error.message, answer.error.param)
         if isinstance(answer, AsyncGenerator):
             return answer
-        whole: bytes = answer.model_dump_json(exclude=None if extras else NOT_OPENAIS).encode()
-        return whole
+        return str(answer.model_dump_json(exclude=None if extras else NOT_OPENAIS)).encode()
 
     async def check_canary_prompts(self) -> None:
         """Prove that what is served is what was published: greedy tokens and log-probs of the manifest's prompts.
@@ -307,8 +308,7 @@ class Engine:
         return choice.token_ids, choice.logprobs
 
     def _rendered(self, token_ids: Sequence[int]) -> Any:
-        (rendered,) = self._llm.renderer.render_cmpl([TokensPrompt(prompt_token_ids=list(token_ids))])
-        return rendered
+        return self._llm.renderer.render_cmpl([TokensPrompt(prompt_token_ids=list(token_ids))])[0]
 
     @property
     def dead(self) -> bool:

@@ -91,7 +91,7 @@ async def invalid_request(request: Request, error: Exception) -> JSONResponse:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Translate every exception a route can raise, once, here."""
+    """Translate every exception that a route raises on purpose; for others see ``RequestObserver``."""
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -119,12 +119,11 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RateExceeded, _rate_exceeded)
     app.add_exception_handler(StoreUnavailable, _store_unavailable)
     app.add_exception_handler(DeployError, answer(503))
-    app.add_exception_handler(Exception, _unexpected)
 
 
 async def _engine_refused(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, EngineRefused)
-    if error.status == 503:  # its queue is full; to a client that is a rate, not an outage
+    if error.queue_full:
         return error_response(429, str(error), None, "queue_full")
     status = 500 if error.status >= 500 else 400  # of vLLM's other statuses a client learns nothing more
     return error_response(status, _REPEATED.sub("", str(error)) or "the engine failed", error.param)
@@ -146,6 +145,6 @@ async def _store_unavailable(request: Request, error: Exception) -> JSONResponse
     )
 
 
-async def _unexpected(request: Request, error: Exception) -> JSONResponse:
-    # Starlette logs the traceback; the client learns nothing of our insides.
+def server_failed() -> JSONResponse:
+    """What a client gets for an exception that nobody expected: nothing of our insides, whose traceback is logged."""
     return error_response(500, "the server failed on this request; its log has the reason")

@@ -21,6 +21,11 @@ class EngineRefused(ServeError):
         self.status = status
         self.param = param
 
+    @property
+    def queue_full(self) -> bool:
+        """Whether it would take the request later; to a client that is a rate (429), not an outage."""
+        return self.status == 503
+
 
 class NotServing(ServeError):
     """No engine is live yet, or none any more; try again."""
@@ -42,7 +47,7 @@ class InvalidRequest(ServeError):
     def of(cls, error: ValidationError) -> Self:
         """The first field at fault; the value itself stays out of the message."""
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        field = str(first["loc"][0]) if first["loc"] else None
+        field = next((part for part in first["loc"][:1] if isinstance(part, str)), None)  # else a place in a list
         message = str(first["msg"]).removeprefix("Value error, ")
         return cls(f"{field}: {message}" if field else message, field)
 

@@ -1,8 +1,19 @@
 """What a client may post as feedback: the forms that comparisons, demonstrations and blind tasks come in."""
 
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictBool, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StrictBool,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticSerializationError, to_json
 
 from feedback.records import MAX_CANDIDATES, Prompt, RatingFlag, ranking_problem
@@ -10,9 +21,22 @@ from serve.errors import InvalidRequest
 
 Labeler = Annotated[str, Field(min_length=1, max_length=128)]
 Text = Annotated[str, Field(max_length=100_000)]
-Metadata = Annotated[
-    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
-]
+Group = Annotated[list[int], Field(max_length=MAX_CANDIDATES)]
+
+
+def _one_message(metadata: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return check(metadata)
+    except ValidationError as error:
+        if not error.errors()[0]["loc"]:
+            raise
+        # Its own message would name the client's keys.
+        raise ValueError("names may have at most 64 characters; values must be text of at most 512") from error
+
+
+_Strings = dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]]
+Pairs = Annotated[_Strings, WrapValidator(_one_message)]
+Metadata = Annotated[_Strings, Field(max_length=16), WrapValidator(_one_message)]
 
 
 class FeedbackBody(BaseModel):
@@ -57,7 +81,7 @@ class ComparisonBody(PromptBody):
     candidates: Annotated[list[CandidateRef], Field(min_length=2, max_length=MAX_CANDIDATES)] | None = None
     task_id: str | None = Field(None, max_length=128)
     completions: Annotated[list[Text], Field(min_length=2, max_length=MAX_CANDIDATES)] | None = None
-    ranking: Annotated[list[list[int]], Field(max_length=MAX_CANDIDATES)] | None = None
+    ranking: Annotated[list[Group], Field(max_length=MAX_CANDIDATES)] | None = None
     preferred: int | Literal["tie", "both_bad"] | None = None
     labeler: Labeler | None = None
     comment: Annotated[str, Field(max_length=4000)] | None = None

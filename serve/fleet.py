@@ -141,6 +141,33 @@ class Fleet:
             ModelNotFound: The model's id names nothing that is live.
             EngineRefused: Too many requests wait for an in-place change.
         """
+        await self._opened()
+        version, pinned = self._pick(asker, request_id)
+        unwatched = contextlib.nullcontext()
+        with unwatched if pinned else self._arms.counted(version, asker.principal, asker.user, request_id):
+            engine = self._running(version)
+            with _hold(engine):
+                yield engine
+
+    @contextlib.asynccontextmanager
+    async def arms(self) -> AsyncIterator[list[Engine]]:
+        """The engine of each arm, held likewise; what is asked of them is no traffic, and the guard does not count it.
+
+        Raises:
+            NotServing: No engine is live yet, or none any more.
+            EngineRefused: Too many requests wait for an in-place change.
+        """
+        await self._opened()
+        arms = [self.live[version] for version in self.serving.live() if version in self.live]
+        if not arms:
+            raise NotServing(self.problem or "no policy version is being served yet")
+        with contextlib.ExitStack() as held:
+            for engine in arms:
+                held.enter_context(_hold(engine))
+            yield arms
+
+    async def _opened(self) -> None:
+        """Wait while weights are exchanged in place."""
         while not self._open.is_set():
             if self._waiting >= self._settings.max_pending_completions:
                 raise EngineRefused(503, "the engine is changing versions and its queue is full; try again")
@@ -149,12 +176,6 @@ class Fleet:
                 await self._open.wait()
             finally:
                 self._waiting -= 1
-        version, pinned = self._pick(asker, request_id)
-        unwatched = contextlib.nullcontext()
-        with unwatched if pinned else self._arms.counted(version, asker.principal, asker.user, request_id):
-            engine = self._running(version)
-            with hold(engine):
-                yield engine
 
     def _pick(self, asker: Asker, request_id: str) -> tuple[int, bool]:
         """The version for a request, and whether the request named it."""
@@ -249,8 +270,9 @@ class Fleet:
     def _bring(self, number: int, needed: tuple[int, ...]) -> None:
         """Begin to make a version live, if there is room for it; else make room."""
         if self._settings.max_engines == 1 and self.live:
-            self._loading[number] = time.monotonic()
-            self._spawn(self._swap(number))
+            if not self._loading:  # one at a time: the next begins from what this one ends with
+                self._loading[number] = time.monotonic()
+                self._spawn(self._swap(number))
         elif len(self.live) + len(self._loading) + self._ending < self._settings.max_engines:
             self._loading[number] = time.monotonic()
             self._spawn(self._start(number))
@@ -277,8 +299,7 @@ class Fleet:
             version = await asyncio.to_thread(self._verified, number)
             self._open.clear()
             if self._settings.swap == "wait":
-                while engine.running:
-                    await asyncio.sleep(0.005)
+                await self._drained(engine)
             await engine.swap(version, self.model_id(number))
             self.live = {number: engine}
             self.serving = Release(stable=number, generation=self.serving.generation)
@@ -287,6 +308,17 @@ class Fleet:
             await self._load(number, load())
         finally:
             self._open.set()
+
+    async def _drained(self, engine: Engine) -> None:
+        """Wait until an engine has no requests. Raises EngineFailed: it hangs, or a client does not read its answer."""
+        deadline = time.monotonic() + self._settings.drain_seconds
+        while engine.running:
+            if time.monotonic() >= deadline:
+                raise EngineFailed(
+                    f"{engine.running} requests of version {engine.version} did not end within "
+                    f"{self._settings.drain_seconds:g} s: it goes on being served, and the exchange is tried again"
+                )
+            await asyncio.sleep(0.005)
 
     async def _load(self, number: int, loading: Coroutine[Any, Any, None]) -> None:
         """Run what makes a version live, saying how it goes; a failure is kept and tried again later."""
@@ -334,7 +366,7 @@ class Fleet:
 
 
 @contextlib.contextmanager
-def hold(engine: Engine) -> Iterator[None]:
+def _hold(engine: Engine) -> Iterator[None]:
     """Count a request as running on an engine, so that it is not ended under it."""
     engine.running += 1
     try:

@@ -2,9 +2,10 @@
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from pydantic import JsonValue
@@ -60,25 +61,21 @@ class EngineAnswer(Response):
         self._store = store
         self._bare_id = secrets.token_hex(16)
         self._id = completion_id(route, self._bare_id)
+        self._with_tools = route == CHAT and bool(body.get("tools"))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or stop sampling as soon as the client has gone."""
-        answering = asyncio.current_task()
-        assert answering is not None
-        leaving = asyncio.create_task(_cancel_when_gone(receive, answering))
         try:
-            async with self._services.fleet.engine_for(self._asker, self._bare_id) as engine:
+            async with (
+                until_gone(receive),
+                self._services.fleet.engine_for(self._asker, self._bare_id) as engine,
+            ):
                 scope["instructloop.policy_version"] = engine.version
                 version = (b"x-policy-version", str(engine.version).encode())
                 scope.setdefault("instructloop.headers", []).append(version)
                 self._expect(engine)
                 await self._answer(engine, send)
-        except asyncio.CancelledError:
-            if not leaving.done():
-                raise
-            answering.uncancel()
         finally:
-            leaving.cancel()
             tokens = self._recorder.forget(self._id)
             if self._services.rates.counts_tokens(self._asker.principal):
                 await self._services.rates.spend(self._asker.principal, tokens)
@@ -96,15 +93,17 @@ class EngineAnswer(Response):
                 prompts=self._prompts,
                 metadata=self._metadata,
                 store=self._store,
-                answered={} if self._route == CHAT and self._body.get("tools") else None,
+                answered={} if self._with_tools else None,
             )
         )
 
     async def _answer(self, engine: Engine, send: Send) -> None:
         recorded = self._store is not False
-        answer = await engine.complete(self._route, self._body, self._bare_id, recorded=recorded)
+        answer = await engine.complete(
+            self._route, self._body, self._bare_id, cache_salt(self._asker.principal), recorded=recorded
+        )
         if isinstance(answer, bytes):
-            if self._body.get("tools"):
+            if self._with_tools:
                 self._recorder.served(self._id, _choices(answer))
             await _start(send, b"application/json", len(answer))
             await send({"type": "http.response.body", "body": answer})
@@ -113,7 +112,7 @@ class EngineAnswer(Response):
             await self._stream(engine, answer, send)
 
     async def _stream(self, engine: Engine, events: AsyncGenerator[str, None], send: Send) -> None:
-        tools = _StreamedChoices() if self._body.get("tools") else None
+        tools = _StreamedChoices() if self._with_tools else None
         first = True
         async for event in events:
             if event.startswith(_ERROR):
@@ -142,6 +141,22 @@ async def _start(send: Send, media_type: bytes, length: int | None) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": headers})
 
 
+@contextlib.asynccontextmanager
+async def until_gone(receive: Receive) -> AsyncIterator[None]:
+    """Do what is inside, or stop and leave it quietly as soon as the client has gone. The body must have been read."""
+    answering = asyncio.current_task()
+    assert answering is not None
+    leaving = asyncio.create_task(_cancel_when_gone(receive, answering))
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not leaving.done():
+            raise
+        answering.uncancel()
+    finally:
+        leaving.cancel()
+
+
 async def _cancel_when_gone(receive: Receive, answering: "asyncio.Task[Any]") -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -151,6 +166,11 @@ async def _cancel_when_gone(receive: Receive, answering: "asyncio.Task[Any]") ->
 def completion_id(route: str, bare_id: str) -> str:
     """The id vLLM gives the completion of a request whose id is ``bare_id``."""
     return f"{'chatcmpl' if route.endswith('/chat/completions') else 'cmpl'}-{bare_id}"
+
+
+def cache_salt(principal: str) -> str:
+    """Keeps a principal's cached prefixes from others: whether there are any shows in the time to the first token."""
+    return hashlib.sha256(principal.encode()).hexdigest()
 
 
 def _choices(answer: bytes) -> dict[int, dict[str, JsonValue]]:

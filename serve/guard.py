@@ -22,6 +22,8 @@ MAX_PER_USER = 20
 """Requests of one user that count: a user stays on one arm, so one who asks oddly must not decide about it."""
 MAX_USERS = 100_000
 """Users whose requests are counted; those who come later count no more, until the release changes."""
+MAX_UNWRITTEN = 20_000
+"""Requests whose completions may yet turn out to be lost: the newest, more than may wait to be recorded."""
 
 
 @dataclass
@@ -47,13 +49,15 @@ class ArmCounter:
         self._asked: Counter[int] = Counter()
         self._running: dict[str, int] = {}
         """Version by bare request id."""
+        self._unwritten: dict[str, tuple[int, int]] = {}
+        """Version, and completions counted for it, by bare request id."""
 
     def begin(self, generation: int) -> None:
         """The release has changed: start from zero."""
         if generation != self._generation:
             self._generation = generation
             self._tallies, self._asked = {}, Counter()
-            self._running = {}
+            self._running, self._unwritten = {}, {}
 
     @contextlib.contextmanager
     def counted(self, version: int, principal: str, user: str | None, request_id: str) -> Iterator[None]:
@@ -83,7 +87,8 @@ class ArmCounter:
 
     def sampled(self, part: Sampled) -> None:
         """The engine's callback: one prompt's completions have ended."""
-        version = self._running.get(_bare(part.request_id))
+        request = _bare(part.request_id)
+        version = self._running.get(request)
         if version is None or not part.finished:
             return
         tally = self._tallies.setdefault(version, _Tally())
@@ -93,11 +98,16 @@ class ArmCounter:
                 tally.slower[place] += 1
         tally.completions += len(part.choices)
         tally.unfinished += sum(choice.finish_reason == "length" for choice in part.choices.values())
+        _, before = self._unwritten.get(request, (version, 0))
+        self._unwritten[request] = version, before + len(part.choices)
+        if len(self._unwritten) > MAX_UNWRITTEN:
+            del self._unwritten[next(iter(self._unwritten))]
 
-    def lost(self, version: int) -> None:
-        """A finished completion of this version could not be kept for feedback."""
-        if version in self._tallies:
-            self._tallies[version].unrecorded += 1
+    def lost(self, completion_id: str) -> None:
+        """A finished request could not be kept for feedback; as many of its completions count as were counted."""
+        version, completions = self._unwritten.pop(_bare(completion_id), (None, 0))
+        if version is not None:
+            self._tallies[version].unrecorded += completions
 
     def figures(self) -> dict[int, ArmFigures]:
         """What was counted, by version."""
@@ -110,7 +120,7 @@ class ArmCounter:
 def _is_our_fault(error: Exception) -> bool:
     """Whether the client gets a 5xx for it."""
     if isinstance(error, EngineRefused):
-        return error.status >= 500
+        return error.status >= 500 and not error.queue_full
     return isinstance(error, NotServing | EngineFailed) or not isinstance(error, ServeError)
 
 
@@ -135,4 +145,4 @@ async def guard_canary(guard: Guard, seconds: float, metrics: Metrics) -> None:
         if blind:
             log.info("the canary is guarded again")
         blind = False
-        metrics.guarded(look)
+        metrics.canary.show(look)

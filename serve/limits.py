@@ -3,6 +3,7 @@
 Each cap is a setting. A request at the cap is served; one past it is refused with the field's name.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,8 @@ REFUSED_FIELDS = (
 _GRAMMARS = ("regex", "grammar", "structural_tag")
 _NAMED_SCHEMAS = ("properties", "$defs", "definitions", "dependentSchemas")
 """Keywords of JSON schema whose value maps names to schemas; the map itself is no level of nesting."""
+_REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
+_PLAIN_PATH = re.compile(r"#(?:/[^/%~]+)*")
 
 
 def check_completion(body: dict[str, Any], settings: ServeSettings) -> None:
@@ -187,6 +190,9 @@ def _check_schema(field: str, schema: Any, settings: ServeSettings) -> None:
             raise InvalidRequest(f"a JSON schema in {field} may be {settings.max_schema_depth} schemas deep", field)
         if not settings.allow_grammars and any("patternProperties" in at or _is_pattern(at) for at in level):
             raise InvalidRequest(f"pattern and patternProperties in {field} are not enabled on this server", field)
+        references = [at[name] for at in level for name in _REFERENCES if isinstance(at.get(name), str)]
+        if not settings.allow_grammars and not all(map(_is_schema_path, references)):
+            raise InvalidRequest(f"a $ref in {field} must be a plain path to a schema, such as #/$defs/name", field)
         inner = [(name, value) for at in level for name, value in at.items()]
         level = [schema for name, value in inner for schema in _schemas_in(name, value)]
 
@@ -195,15 +201,26 @@ def _is_pattern(schema: dict[str, Any]) -> bool:
     return isinstance(schema.get("pattern"), str)  # a property may have this name; its value is a schema
 
 
+def _is_schema_path(reference: str) -> bool:
+    """False for what may end where no schema was looked for: at a map from names to schemas, or out of the document."""
+    in_map = False
+    for part in reference.split("/")[1:]:
+        in_map = not in_map and part in _NAMED_SCHEMAS
+    return _PLAIN_PATH.fullmatch(reference) is not None and not in_map
+
+
 def _schemas_in(keyword: str, value: Any) -> list[dict[str, Any]]:
     """The schemas directly below a keyword: one, a list of them, or a map from names to them."""
     if keyword in _NAMED_SCHEMAS and isinstance(value, dict):
         return _schemas_of(list(value.values()))
-    return _schemas_of(value if isinstance(value, list) else [value])
+    return _schemas_of([value])
 
 
 def _schemas_of(values: list[Any]) -> list[dict[str, Any]]:
-    return [value for value in values if isinstance(value, dict)]
+    schemas: list[dict[str, Any]] = []
+    for value in values:
+        schemas += [value] if isinstance(value, dict) else _schemas_of(value) if isinstance(value, list) else []
+    return schemas
 
 
 def _check_metadata(body: dict[str, Any], settings: ServeSettings) -> None:

@@ -4,10 +4,11 @@ import logging
 import time
 
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from feedback.records import new_id
-from serve.error_response import error_response
+from serve.error_response import error_response, server_failed
 from serve.metrics import Metrics
 
 log = logging.getLogger("serve.access")
@@ -47,6 +48,12 @@ class RequestObserver:
 
         try:
             await self._app(scope, receive, with_request_id)
+        except ClientDisconnect:
+            pass  # it left before all of its body was here: there is nobody to answer
+        except Exception:
+            if not status:  # the framework's own answer would come without the headers, and uncounted
+                await server_failed()(scope, receive, with_request_id)
+            raise
         finally:
             seconds = time.perf_counter() - began
             route = getattr(scope.get("route"), "path", "unmatched")

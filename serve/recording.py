@@ -91,7 +91,7 @@ class Recorder:
         store: FeedbackStore,
         settings: ServeSettings,
         metrics: Metrics,
-        on_lost: Callable[[int], None] = lambda version: None,
+        on_lost: Callable[[str], None] = lambda completion_id: None,
     ) -> None:
         self._store = store
         self._settings = settings
@@ -191,7 +191,7 @@ class Recorder:
         while len(self._waiting) > self._settings.record_capacity:
             lost = self._waiting.pop(next(iter(self._waiting)))
             self._metrics.unrecorded.inc()
-            self._on_lost(lost.policy_version)
+            self._on_lost(lost.id)
 
 
 def _joined(asked: Asked) -> StoredCompletion:

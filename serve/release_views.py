@@ -22,7 +22,7 @@ from serve.errors import NotFound
 from serve.openapi import errors
 from serve.plots import canary_plot, released_plot
 from serve.services import Services, ServicesDep
-from serve.summary import get_summary
+from serve.summary import summary_reader
 from serve.win_rates import CanaryCourse, Course, WinRate, released_win_rates, steps
 
 router = APIRouter(prefix="/v1/release")
@@ -135,7 +135,7 @@ async def get_release_versions(
 @router.get("/win-rates")
 async def get_win_rates(request: Request, services: ServicesDep, principal: OperatorPrincipal) -> WinRateList:
     """How often people prefer each released version, and the canary, to the one before."""
-    rates = await _win_rates(request, services, principal)
+    rates = await _win_rates(request, services)
     return WinRateList(alpha=services.deploy_settings.verdict.alpha, data=rates)
 
 
@@ -154,17 +154,17 @@ async def get_canary_plot(request: Request, services: ServicesDep, principal: Op
 @router.get("/plots/released.svg", response_class=_Svg)
 async def get_released_plot(request: Request, services: ServicesDep, principal: OperatorPrincipal) -> _Svg:
     """The win rate of each released version, and of the canary, over the one before."""
-    rates, views = await _win_rates(request, services, principal), _views(request, services)
+    rates, views = await _win_rates(request, services), _views(request, services)
     if views.released is None or views.released[0] != rates:
         views.released = rates, await asyncio.to_thread(released_plot, rates)
     return _Svg(views.released[1])
 
 
-async def _win_rates(request: Request, services: Services, principal: str) -> list[WinRate]:
+async def _win_rates(request: Request, services: Services) -> list[WinRate]:
     release, history = await services.releases.read(), await services.releases.history(HISTORY)
     taken = steps(history, release)[-MAX_STEPS:]
-    pairs = (await get_summary(request, services, principal)).version_pairs
-    rates = released_win_rates(taken, pairs, services.deploy_settings.verdict.alpha)
+    summary = await summary_reader(request, services.store).read()
+    rates = released_win_rates(taken, summary.version_pairs, services.deploy_settings.verdict.alpha)
     if release.canary is None:
         return rates
     course = await _views(request, services).course.read(release)  # since it began, and to the second

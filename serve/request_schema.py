@@ -246,9 +246,9 @@ def _formats(settings: ServeSettings) -> list[Schema]:
 
 
 def _json_schema(settings: ServeSettings) -> Schema:
-    patterns = "" if settings.allow_grammars else "; no pattern or patternProperties"
+    without = "; no pattern or patternProperties, and a $ref only as a plain path to a schema"
     return {
         "type": "object",
         "description": f"a JSON schema: at most {settings.max_schema_bytes} bytes, {settings.max_schema_depth} schemas "
-        f"deep{patterns}",
+        f"deep{'' if settings.allow_grammars else without}",
     }

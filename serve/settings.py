@@ -45,9 +45,10 @@ class ServeSettings(TableSettings):
         description="completions sampled or waiting in one engine; beyond, 429 at once; ours: 2 of the largest",
     )
     max_pending_feedback: int = Field(
-        512,
+        256,
         gt=0,
-        description="feedback requests under way at once; beyond, 429 at once; ours: two batches of the store",
+        description="feedback requests under way at once; beyond, 429 at once; ours, measured: a batch of the store; with "
+        "twice as many some wait too long in an overload, and get 503",
     )
     kv_cache_gib: int = Field(1, gt=0, description="GiB of key-value cache per engine on CPU (VLLM_CPU_KVCACHE_SPACE)")
     engine_threads: int = Field(1, gt=0, description="OMP threads of one engine on CPU")
@@ -75,7 +76,9 @@ class ServeSettings(TableSettings):
     canary_check_seconds: float = Field(
         30.0, gt=0, description="how often a running engine must reproduce its manifest's canary prompts; ours"
     )
-    drain_seconds: float = Field(30.0, gt=0, description="longest wait for running completions before an engine stops")
+    drain_seconds: float = Field(
+        30.0, gt=0, description="longest wait for running completions before an engine stops, or exchanges its weights"
+    )
     logprob_tolerance: float = Field(
         1e-3,
         gt=0,

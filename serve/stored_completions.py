@@ -7,17 +7,10 @@ got, changed and deleted, also one that will expire; the list shows those with `
 import re
 from collections.abc import Sequence
 from contextlib import aclosing
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar
 
 from fastapi import APIRouter, Depends, Query, Request
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field
 
 from feedback.completion_store import NotStored
 from feedback.errors import StoreUnavailable
@@ -32,6 +25,7 @@ from serve.completion_objects import (
     text_completion,
 )
 from serve.errors import InvalidRequest, NotFound
+from serve.feedback_bodies import Pairs
 from serve.json_route import JsonRoute
 from serve.limits import check_completion
 from serve.openapi import errors
@@ -77,17 +71,9 @@ class MetadataChange(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = Field(
+    metadata: Pairs | None = Field(
         description="replaces all pairs; null removes them; as many as in a completion request"
     )
-
-    @field_validator("metadata", mode="wrap")
-    @classmethod
-    def _one_message(cls, metadata: Any, check: ValidatorFunctionWrapHandler) -> Any:
-        try:
-            return check(metadata)
-        except ValidationError as error:  # its own message would name the client's keys
-            raise ValueError("null, or strings by name: names of at most 64 characters, values of 512") from error
 
 
 def _metadata_filter(request: Request) -> list[tuple[str, str]]:

@@ -70,10 +70,11 @@ class SummaryReader:
 @router.get("/summary")
 async def get_summary(request: Request, services: ServicesDep, principal: OperatorPrincipal) -> Summary:
     """Counts per day, version and labeler; agreement; the win rate of each two versions with its interval."""
-    return await _reader(request, services.store).read()
+    return await summary_reader(request, services.store).read()
 
 
-def _reader(request: Request, store: FeedbackStore) -> SummaryReader:
+def summary_reader(request: Request, store: FeedbackStore) -> SummaryReader:
+    """The one reader of this server's log."""
     state = request.app.state
     if not hasattr(state, "feedback_summary"):
         state.feedback_summary = SummaryReader(store)

@@ -6,23 +6,23 @@ for any task, which nobody sees and nothing keeps: the labeler waits as long and
 """
 
 import asyncio
-import contextlib
 import random
 import secrets
 import time
 from typing import Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field, JsonValue
+from starlette.exceptions import HTTPException
 
 from feedback.records import BlindTask, Candidate, Prompt, new_id
 from serve.auth import FeedbackPrincipal
 from serve.engine import CHAT, TEXT, Engine
 from serve.errors import EngineRefused, InvalidRequest, NotFound, NotServing
 from serve.feedback_bodies import TaskBody
-from serve.fleet import hold
-from serve.forwarding import completion_id
+from serve.forwarding import cache_salt, completion_id, until_gone
 from serve.json_route import JsonRoute
+from serve.limits import check_completion
 from serve.openapi import errors
 from serve.recording import Asked
 from serve.services import Services, ServicesDep
@@ -55,12 +55,20 @@ class TaskObject(BaseModel):
 
 
 @router.post("/tasks", status_code=201, response_model_exclude_unset=True, responses=errors(404))
-async def create_task(body: TaskBody, services: ServicesDep, principal: FeedbackPrincipal) -> TaskObject:
+async def create_task(
+    body: TaskBody, request: Request, services: ServicesDep, principal: FeedbackPrincipal
+) -> TaskObject:
     """Sample k candidates, as evenly as k allows from the live arms, and show them without their versions."""
     if body.prompt is not None and body.messages is not None:
         raise InvalidRequest("give at most one of prompt and messages", "prompt")
+    check_completion({"messages": body.messages}, services.settings)
     labeler = body.labeler or principal
-    prompt, candidates, repeatable = await _shown(body, services, principal, labeler)
+    shown = None
+    async with until_gone(request.receive):
+        shown = await _shown(body, services, principal, labeler)
+    if shown is None:
+        raise HTTPException(499, "the client has gone")  # nobody reads it; it shows in the log
+    prompt, candidates, repeatable = shown
     now = int(time.time())
     task = BlindTask(
         id=new_id("task_"),
@@ -95,19 +103,27 @@ async def _shown(
         await services.store.give(labeler, given)
         return *shown, False
     if (control := await draw_control(services, principal, labeler, body.k)) is not None:
-        with contextlib.suppress(EngineRefused):
+        try:
             await _sampled(control.prompt, body.k, services, principal, store=False)
+        except EngineRefused as error:
+            if not _will_never_fit(error):
+                raise
         return control.prompt, control.candidates, False
     for _ in range(_PROMPT_TRIES):
         prompt = await _pool_prompt(services, labeler)
         try:
             return *await _sampled(prompt, body.k, services, principal), True
-        except EngineRefused as error:
+        except BaseException as error:
+            if not _will_never_fit(error):
+                await services.store.take_back(labeler, prompt)
+                raise
             refused = error
-        except BaseException:
-            await services.store.take_back(labeler, prompt)
-            raise
     raise refused
+
+
+def _will_never_fit(error: BaseException) -> bool:
+    """Whether the engine refuses a prompt for what it is, rather than for being busy or broken."""
+    return isinstance(error, EngineRefused) and error.status < 500
 
 
 async def _pool_prompt(services: Services, labeler: str) -> Prompt:
@@ -123,15 +139,12 @@ async def _sampled(
     prompt: Prompt, k: int, services: Services, principal: str, *, store: bool | None = None
 ) -> tuple[Prompt, tuple[Candidate, ...]]:
     """The prompt as the engines read it, and ``k`` candidates in random order; ``store`` as a completion's."""
-    live = services.fleet.live
-    arms = [live[version] for version in services.fleet.serving.live() if version in live]
-    if not arms:
-        raise NotServing("no policy version is being served yet")
-    _SHUFFLE.shuffle(arms)  # which arm gives the extra candidate of an odd k is drawn, too
-    shares = [k // len(arms) + (place < k % len(arms)) for place in range(len(arms))]
-    sampled = await asyncio.gather(
-        *(_sample(engine, prompt, n, services, principal, store) for engine, n in zip(arms, shares, strict=True) if n)
-    )
+    async with services.fleet.arms() as arms:
+        _SHUFFLE.shuffle(arms)  # which arm gives the extra candidate of an odd k is drawn, too
+        shares = [k // len(arms) + (place < k % len(arms)) for place in range(len(arms))]
+        sampled = await asyncio.gather(
+            *(_sample(engine, prompt, n, services, principal, store) for engine, n in zip(arms, shares, strict=True))
+        )
     candidates = [candidate for _, part in sampled for candidate in part]
     _SHUFFLE.shuffle(candidates)
     return sampled[0][0], tuple(candidates)
@@ -167,8 +180,9 @@ async def _sample(
         body["prompt"] = prompt.text
     services.recorder.expect(asked)
     try:
-        with hold(engine):
-            await engine.complete(route, body, bare_id)
+        await engine.complete(route, body, bare_id, cache_salt(principal))
+        if store is False:  # nobody sees them, and they may be forgotten already
+            return prompt, []
         completion = await services.recorder.find(asked.completion_id)
     finally:
         tokens = services.recorder.forget(asked.completion_id)

@@ -1,6 +1,9 @@
 """An app of the feedback routes over a real store, with two arms whose engines answer at once and know nothing."""
 
+import asyncio
 import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
@@ -8,7 +11,6 @@ from any_key import AnyKey
 from fastapi import FastAPI, Request
 from httpx2 import ASGITransport, AsyncClient, Response
 
-from deploy.release import Release
 from feedback.settings import FeedbackSettings
 from feedback.store import FeedbackStore
 from serve.auth import FeedbackPrincipal
@@ -26,16 +28,27 @@ class StubEngine:
     version: int
     recorder: Recorder
     tokenizer: str = "digest"
-    running: int = 0
     asked: list[tuple[str, int]] = field(default_factory=list)
     """Prompt and n of every request."""
+    cache_salts: list[str] = field(default_factory=list)
     failing: Exception | None = None
+    tardy: bool = False
+    """Whether what it sampled is written before it answers."""
+    hanging: bool = False
+    aborted: int = 0
 
-    async def complete(self, route: str, body: dict[str, Any], bare_id: str) -> bytes:
+    async def complete(self, route: str, body: dict[str, Any], bare_id: str, cache_salt: str) -> bytes:
         from serve.forwarding import completion_id
 
         prompt = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
         self.asked.append((prompt, body["n"]))
+        self.cache_salts.append(cache_salt)
+        if self.hanging:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                self.aborted += 1
+                raise
         if self.failing is not None:
             raise self.failing
         if "too long" in prompt:
@@ -45,6 +58,8 @@ class StubEngine:
         ended = Sampled(completion_id(route, bare_id), {}, recorded=True, finished=True, prompt_token_ids=[1, 2])
         ended.choices, ended.completion_tokens = choices, 2 * len(choices)
         self.recorder.sampled(ended)
+        if self.tardy:
+            await self.recorder.flush()
         return b"{}"
 
 
@@ -53,7 +68,10 @@ class StubFleet:
     """Both arms live."""
 
     live: dict[int, StubEngine]
-    serving: Release = field(default_factory=lambda: Release(stable=1, canary=2, canary_fraction=0.5))
+
+    @asynccontextmanager
+    async def arms(self) -> AsyncIterator[list[StubEngine]]:
+        yield list(self.live.values())
 
     def model_id(self, version: int) -> str:
         return f"policy-v{version}"
@@ -93,6 +111,7 @@ class Labeling:
             return request.headers["authorization"].removeprefix("Bearer ")
 
         app.dependency_overrides[get_args(FeedbackPrincipal)[1].dependency] = named_by_key
+        self.app = app
         self.http = AsyncClient(transport=ASGITransport(app), base_url="http://server")
 
     async def close(self) -> None:

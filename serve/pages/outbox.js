@@ -109,7 +109,10 @@ export class Outbox {
       const options = { idempotencyKey: entry.key, timeoutSeconds: TIMEOUT_SECONDS };
       const answer = await this.#api.post(entry.path, entry.body, options);
       // Ratings first: if the page ends in between, the comparison is sent again and they get the same keys.
-      for (const rating of entry.ratings ?? []) this.#keep(ratingEntry(entry, rating, answer));
+      for (const rating of entry.ratings ?? []) {
+        // What no policy sampled cannot be rated, and the answer is the first to tell.
+        if (answer.candidates[rating.position].completion_id) this.#keep(ratingEntry(entry, rating, answer));
+      }
       this.#remove(entry.key);
       this.#onAcknowledged(entry);
     } catch (error) {

@@ -18,6 +18,7 @@ ANSWER_SECONDS = 30.0
 _ID = re.compile(rb'"id": ?"(cmp_[0-9a-f]{32})"')
 _IDLE_SECONDS = 3.0
 """A connection that rested longer is not used again: the server hangs up after five."""
+_HEALTH_EVERY_SECONDS = 0.1
 
 
 @dataclass
@@ -144,14 +145,29 @@ async def slowest_health_ms(port: int, times: int) -> float:
     Raises:
         RequestFailed: One was not 200.
     """
-    slowest = 0.0
-    for _ in range(times):
-        asked = time.perf_counter()
-        connection = await Connection.open(port)
-        try:
-            answer = await connection.ask(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
-        finally:
-            connection.close()
-        answer.check()
-        slowest = max(slowest, (answer.ended - asked) * 1000)
-    return slowest
+    return max([await _health_ms(port) for _ in range(times)])
+
+
+async def health_beside(port: int, seconds: float) -> list[float]:
+    """How long each GET /health took in ms: one every ``_HEALTH_EVERY_SECONDS``, each on a new connection.
+
+    Raises:
+        RequestFailed: One was not 200.
+    """
+    asked = []
+    async with asyncio.TaskGroup() as group:
+        for _ in range(round(seconds / _HEALTH_EVERY_SECONDS)):
+            asked.append(group.create_task(_health_ms(port)))
+            await asyncio.sleep(_HEALTH_EVERY_SECONDS)
+    return [one.result() for one in asked]
+
+
+async def _health_ms(port: int) -> float:
+    asked = time.perf_counter()
+    connection = await Connection.open(port)
+    try:
+        answer = await connection.ask(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
+    finally:
+        connection.close()
+    answer.check()
+    return (answer.ended - asked) * 1000

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from feedback_appends import NaiveStore, append_many
 from feedback_comparisons import comparison
-from feedback_load import ANSWER_SECONDS, NO_ANSWER, Posted, closed_loop, open_loop, slowest_health_ms
+from feedback_load import ANSWER_SECONDS, NO_ANSWER, Posted, closed_loop, health_beside, open_loop, slowest_health_ms
 from feedback_places import (
     Size,
     connected,
@@ -93,7 +93,10 @@ async def post_over_http(effort: Effort, step: Step) -> list[Figure]:
                 step(f"{CALLERS} callers, {name}", 2 + done, steps)
                 closed[name].append(await closed_loop(one.port, numbers, CALLERS, effort.capacity_seconds))
             step(f"{OVERLOAD_PER_SECOND} comparisons/s", 2 + len(turns), steps)
-            flood = await open_loop(server.port, numbers, OVERLOAD_PER_SECOND, effort.overload_seconds)
+            flood, health = await asyncio.gather(
+                open_loop(server.port, numbers, OVERLOAD_PER_SECOND, effort.overload_seconds),
+                health_beside(server.port, effort.overload_seconds),
+            )
             at_once = await slowest_health_ms(server.port, 1)
             await asyncio.sleep(_CALM_SECONDS)
             later = await slowest_health_ms(server.port, _HEALTH_PROBES)
@@ -110,6 +113,7 @@ async def post_over_http(effort: Effort, step: Step) -> list[Figure]:
         *_capacity(f"{CALLERS} callers, an EVALSHA a request", closed["naive"], at_least=None),
         _gain(closed["ours"], closed["naive"]),
         *_overload(flood, flood_lost, after),
+        *_latency(f"{OVERLOAD_PER_SECOND}/s offered: GET /health on a new connection", health, late_at_most=1000),
         Figure("GET /health, just after the last of these answers", at_once, "ms", at_most=100),
         Figure(f"GET /health, slowest of {_HEALTH_PROBES} after {_CALM_SECONDS:g} s more", later, "ms", at_most=100),
         Figure("all: acknowledged", sum(len(one.acknowledged) for one in all_posted), "comparisons"),
@@ -176,15 +180,20 @@ def _overload(posted: Posted, lost: int, after: Posted) -> list[Figure]:
     ]
     for status in (201, 429, 503):
         if times := posted.milliseconds.get(status):
-            for share in (50, 99):
-                figures.append(
-                    Figure(f"{name}: latency of {status}, p{share}", float(np.percentile(times, share)), "ms")
-                )
+            figures += _latency(f"{name}: latency of {status}", times, late_at_most=1000 if status == 429 else None)
     return [
         *figures,
         Figure(f"{name}: acknowledged and lost", lost, "comparisons", at_most=0),
         Figure("one caller just after: not acknowledged", _not_acknowledged(after), "comparisons", at_most=0),
         *_generator(name, posted),
+    ]
+
+
+def _latency(name: str, milliseconds: list[float], late_at_most: float | None) -> list[Figure]:
+    median, late = np.percentile(milliseconds, (50, 99))
+    return [
+        Figure(f"{name}, p50", float(median), "ms"),
+        Figure(f"{name}, p99", float(late), "ms", at_most=late_at_most),
     ]
 
 

@@ -39,6 +39,8 @@ class LabelingServer:
     """What the next tasks ask, in order; then always about a frog."""
     texts: list[str] = field(default_factory=lambda: [f"Frog number {n} is green." for n in range(1, 10)])
     """What is answered, cut to as many as are asked for."""
+    golden: bool = False
+    """Whether the next tasks show what no policy sampled."""
     word_seconds: float = 0.0
     """How long a streamed answer takes for a word."""
 
@@ -109,6 +111,8 @@ class LabelingServer:
             ]
             await store.keep(arms)
             candidates: list[Candidate] = [arms[place % 2].candidate(place // 2) for place in range(len(texts))]
+            if self.golden:
+                candidates = [Candidate(text=text, index=index) for index, text in enumerate(texts)]
             now = int(time.time())
             task = BlindTask(
                 id=new_id("task_"),

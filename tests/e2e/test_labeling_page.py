@@ -219,6 +219,19 @@ def test_ratings_follow_the_comparison(labeling: LabelingServer, open_page: Open
     assert rated.candidate.text == ranked.candidates[2].text
 
 
+def test_a_rating_of_what_no_policy_sampled_goes_nowhere(labeling: LabelingServer, open_page: OpenPage) -> None:
+    labeling.golden = True
+    page = open_page(labeling.url)
+    judged(page)
+    page.locator("summary", has_text="Rate answer 1").click()
+    page.locator("[data-rating='0']").get_by_label("5", exact=True).check()
+    press(page, "1 2 3 4 Enter")
+    expect(page.locator("#today")).to_have_text("1 today")
+    judged(page)
+    expect(page.locator("#outbox")).to_be_hidden()
+    assert comparison(labeling).source == "task"
+
+
 def test_an_answer_of_ones_own(labeling: LabelingServer, open_page: OpenPage) -> None:
     labeling.prompts = [
         Prompt(messages=({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}))

@@ -20,7 +20,7 @@ def asked(text: str) -> list[openai.types.chat.ChatCompletionMessageParam]:
 
 def test_models_lists_the_released_policy_and_the_live_version(client: OpenAI) -> None:
     models = {model.id: model.to_dict() for model in client.models.list()}
-    assert list(models) == ["policy", "policy-v1"]
+    assert list(models)[:2] == ["policy", "policy-v1"]  # others may be kept warm
     assert models["policy-v1"] == {
         "id": "policy-v1",
         "object": "model",
@@ -31,7 +31,7 @@ def test_models_lists_the_released_policy_and_the_live_version(client: OpenAI) -
     }
     assert client.models.retrieve("policy-v1").to_dict() == models["policy-v1"]
     with pytest.raises(openai.NotFoundError, match="policy, policy-v1"):
-        client.models.retrieve("policy-v2")
+        client.models.retrieve("policy-v9")
 
 
 def test_chat_completion_names_the_version_that_sampled_it(client: OpenAI) -> None:
@@ -104,6 +104,8 @@ def test_a_client_cannot_choose_the_completion_id(server: RunningServer) -> None
         ({"model": "policy-v9"}, 404, None),
         ({"model": "gpt-4"}, 404, None),
         ({"model": 7}, 400, "model"),
+        ({"user": 7}, 400, "user"),
+        ({"safety_identifier": ["s3cret"]}, 400, "safety_identifier"),
         ({"messages": None}, 400, "messages"),
         ({"n": 17}, 400, "n"),
         ({"stop": ["a"] * 17}, 400, "stop"),
@@ -171,4 +173,4 @@ def test_health_metrics_and_version_answer(server: RunningServer) -> None:
     assert metrics.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     page = metrics.text
     assert 'instructloop_requests_total{policy_version="1",route="/v1/chat/completions",status="200"}' in page
-    assert httpx2.get(f"{server.url}/version").json()["policy_versions"] == [1]
+    assert httpx2.get(f"{server.url}/version").json()["policy_versions"][0] == 1

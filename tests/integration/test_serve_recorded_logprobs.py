@@ -25,6 +25,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "streamed": {"stream": True},
     "two streams": {"stream": True, "n": 2},
     "penalised": {"frequency_penalty": 1.5},
+    "with the prompt's": {"prompt_logprobs": 1},
 }
 
 

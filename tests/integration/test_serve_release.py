@@ -83,8 +83,10 @@ def test_canary_promote_and_rollback_under_load(stable_1: RunningServer) -> None
         assert server.operate("canary", "2", "--fraction", "0.5").returncode == 1  # it was never measured
         began = server.operate("canary", "2", "--fraction", "0.5", "--override", "a test")
         assert began.returncode == 0, began.stderr
-        until(lambda: any(version == "2" for _, version in load.served))
+        until(lambda: any(version == "2" for _, version in list(load.served)))
         server.wait_ready()
+        load.served.clear()
+        until(lambda: len({user for user, _ in list(load.served)}) == 8)  # what was asked before the canary is answered
         load.served.clear()
         until(lambda: sum(load.served.values()) > 100)
         during = Counter(load.served)
@@ -164,6 +166,9 @@ def test_redis_gone_completions_go_on_and_feedback_says_so(byte_policy: Callable
         assert refused.status_code == 503 and time.monotonic() - began < 1.5
         assert refused.json()["error"]["type"] == "overloaded_error" and int(refused.headers["Retry-After"]) <= 60
         assert httpx2.get(f"{server.url}/ready", timeout=20).status_code == 503
+        assert httpx2.get(f"{server.url}/ready?only=completions", timeout=20).status_code == 200
+        metrics = httpx2.get(f"{server.url}/metrics", timeout=20).text.splitlines()
+        assert {"instructloop_ready 0.0", "instructloop_redis_durable 0.0"} <= set(metrics)
         redis = start_or_join(state_dir)
         server.wait_ready()
         replayed = httpx2.post(f"{server.url}/v1/feedback/comparisons", json=comparison)

@@ -9,6 +9,7 @@ import pytest
 from labeling_app import Labeling
 from redis import Redis
 from scipy.stats import binomtest
+from starlette.types import Message
 from stored_completions_app import kept
 
 from feedback.controls import in_force, is_check
@@ -16,7 +17,7 @@ from feedback.labelers import assess, golden_answers
 from feedback.pool import REPEAT_GAP
 from feedback.preference import bradley_terry, preferences
 from feedback.records import Candidate, Comparison, Prompt
-from serve.errors import NotServing
+from serve.errors import EngineRefused, NotServing
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
@@ -174,6 +175,67 @@ async def test_a_prompt_that_could_not_be_shown_is_given_again(start: Callable[.
     assert asked((await labeling.task(labeler="L-1")).json()) == "only"
 
 
+async def test_a_busy_engine_uses_no_prompts_up(start: Callable[..., Labeling]) -> None:
+    labeling = start()
+    await ask(labeling, "only")
+    labeling.engines[1].failing = EngineRefused(503, "the queue is full")
+    assert (await labeling.task(labeler="L-1")).status_code == 429
+    assert [len(engine.asked) for engine in labeling.engines.values()] == [1, 1], "it was not asked again at once"
+    labeling.engines[1].failing = None
+    assert asked((await labeling.task(labeler="L-1")).json()) == "only"
+
+
+async def test_messages_of_tasks_hold_text_only(start: Callable[..., Labeling]) -> None:
+    labeling = start()
+    image = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/secret"}}
+    refused = await labeling.task(messages=[{"role": "user", "content": [image]}])
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "messages")
+    assert labeling.engines[1].asked == labeling.engines[2].asked == []
+
+
+async def test_the_engines_cache_prefixes_for_each_principal_apart(start: Callable[..., Labeling]) -> None:
+    labeling = start()
+    for principal in ("alice", "bob", "alice"):
+        assert (await labeling.task(principal, prompt="frog")).status_code == 201
+    first, second, third = labeling.engines[1].cache_salts
+    assert first == third != second and first and second
+
+
+async def test_a_client_who_leaves_ends_the_sampling_and_may_get_the_prompt_again(
+    start: Callable[..., Labeling],
+) -> None:
+    labeling = start()
+    await ask(labeling, "only")
+    for engine in labeling.engines.values():
+        engine.hanging = True
+    body = b'{"labeler": "L-1"}'
+    left = asyncio.Event()
+
+    async def receive() -> Message:
+        if not sent:
+            sent.append(True)
+            return {"type": "http.request", "body": body}
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    sent: list[bool] = []
+    headers = [(b"content-type", b"application/json"), (b"authorization", b"Bearer alice")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/feedback/tasks", "query_string": b"", "headers": headers}
+    answering = asyncio.create_task(labeling.app(scope, receive, nobody))
+    while not labeling.engines[2].asked:
+        await asyncio.sleep(0.01)
+    left.set()
+    await asyncio.wait_for(answering, 1.0)
+    assert [engine.aborted for engine in labeling.engines.values()] == [1, 1]
+    for engine in labeling.engines.values():
+        engine.hanging = False
+    assert asked((await labeling.task(labeler="L-1")).json()) == "only"
+
+
+async def nobody(message: Message) -> None:
+    """Where an answer goes that nobody waits for."""
+
+
 async def test_tasks_do_not_fill_the_pool_they_draw_from(start: Callable[..., Labeling], redis_url: str) -> None:
     labeling = start()
     await ask(labeling, "a", "b")
@@ -227,6 +289,27 @@ async def test_golden_tasks_look_like_others_and_measure_the_labeler(
     share = report.labelers["L-1"].golden
     assert share is not None and (share.value, share.n) == (1, len(shown))
     assert report.labelers["L-1"].reliability.value > 0.85
+
+
+async def test_a_golden_task_needs_nothing_of_what_was_sampled_for_it(start: Callable[..., Labeling]) -> None:
+    labeling = start(golden_share=0.5)
+    await ask(labeling, *(f"p{number}" for number in range(20)))
+    for number in range(20):
+        await labeling.store.append(golden(number))
+    for engine in labeling.engines.values():
+        engine.tardy = True
+    given = [await labeling.task() for _ in range(20)]
+    assert [answer.status_code for answer in given] == [201] * 20
+    assert any("right" in texts(answer.json()) for answer in given)
+
+
+async def test_a_busy_engine_shows_no_task_to_be_golden(start: Callable[..., Labeling]) -> None:
+    labeling = start(golden_share=0.5)
+    await ask(labeling, "only")
+    for number in range(20):
+        await labeling.store.append(golden(number))
+    labeling.engines[2].failing = EngineRefused(503, "the queue is full")
+    assert {(await labeling.task()).status_code for _ in range(20)} == {429}
 
 
 async def test_golden_candidates_are_as_many_as_asked_for(start: Callable[..., Labeling]) -> None:

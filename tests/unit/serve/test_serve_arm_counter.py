@@ -24,11 +24,12 @@ def test_a_request_is_counted_with_what_was_sampled_for_it() -> None:
         arms.sampled(ended("cmpl-abc-1", "stop", "stop", first_token_seconds=0.5))
     with arms.counted(1, "alice", None, "def"):
         arms.sampled(ended("chatcmpl-def", "length"))
-    arms.lost(2)
+    for lost in ("cmpl-abc", "cmpl-abc", "cmpl-task"):
+        arms.lost(lost)
     found = arms.figures()
     # 0.2 s is later than 0.05 and 0.1; 0.5 s is later than 0.05, 0.1 and 0.25, and not than itself.
     assert found[2] == ArmFigures(
-        requests=1, timed=2, slower=(2, 2, 1, 0, 0, 0, 0, 0), completions=4, unfinished=1, unrecorded=1
+        requests=1, timed=2, slower=(2, 2, 1, 0, 0, 0, 0, 0), completions=4, unfinished=1, unrecorded=4
     )
     assert (found[1].requests, found[1].completions, found[1].unfinished) == (1, 1, 1)
 
@@ -50,7 +51,7 @@ def test_what_belongs_to_no_routed_request_is_not_counted() -> None:
         (EngineRefused(500, "boom"), True),
         (RuntimeError("a bug"), True),
         (EngineRefused(400, "the prompt is too long"), False),
-        (EngineRefused(429, "the queue is full"), False),
+        (EngineRefused(503, "the queue is full"), False),
         (InvalidRequest("no such field"), False),
     ],
 )
@@ -83,6 +84,18 @@ def test_one_user_decides_nothing_alone() -> None:
     assert found[1].requests == MAX_PER_USER + 10
 
 
+def test_no_more_is_lost_than_was_counted() -> None:
+    arms = ArmCounter()
+    for place in range(MAX_PER_USER + 10):
+        with arms.counted(2, "alice", "carol", f"a{place}"):
+            arms.sampled(ended(f"chatcmpl-a{place}", "stop"))
+        arms.lost(f"chatcmpl-a{place}")
+    arms.sampled(ended("chatcmpl-pinned", "stop"))
+    arms.lost("chatcmpl-pinned")
+    found = arms.figures()[2]
+    assert found.unrecorded == found.completions == MAX_PER_USER
+
+
 def test_a_new_release_starts_from_zero() -> None:
     arms = ArmCounter()
     arms.begin(4)
@@ -91,6 +104,7 @@ def test_a_new_release_starts_from_zero() -> None:
         assert arms.figures() == {}
         arms.begin(5)
         arms.sampled(ended("cmpl-early-0", "stop"))
+    arms.lost("cmpl-early")
     assert arms.figures() == {}, "it was asked under the old release"
     with arms.counted(1, "alice", "carol", "late"):
         pass

@@ -54,6 +54,19 @@ def test_a_body_names_candidates_and_judgement_in_one_way_each(body: dict[str, A
         ComparisonBody(**body)
 
 
+def test_a_ranking_too_long_for_any_candidates_is_refused_before_it_is_looked_at() -> None:
+    with pytest.raises(ValidationError, match="at most 9 items"):
+        ComparisonBody(**OUTSIDE, ranking=[[0] * 10])
+
+
+@pytest.mark.parametrize("metadata", [{"secret" * 11: "v"}, {"k": "secret" * 100}, {"secret\ud800": "v"}])
+def test_metadata_at_fault_is_not_repeated(metadata: dict[str, str]) -> None:
+    with pytest.raises(ValidationError) as refused:
+        ComparisonBody(**OUTSIDE, preferred=0, metadata=metadata)
+    (problem,) = refused.value.errors()
+    assert problem["loc"] == ("metadata",) and "secret" not in problem["msg"]
+
+
 @pytest.mark.parametrize(
     "body",
     [

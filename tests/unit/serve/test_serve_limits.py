@@ -141,6 +141,35 @@ def test_regular_expressions_are_refused_in_schemas_but_not_properties_of_that_n
 
 
 @pytest.mark.parametrize(
+    "reference",
+    ["#", "#/$defs/a", "#/definitions/a", "#/properties/properties", "#/properties/a/items", "#/anyOf/0"],
+)
+def test_a_reference_to_a_schema_is_served(reference: str) -> None:
+    check_completion(WAYS["tools"]({"properties": {"again": {"$ref": reference}}}), SETTINGS)
+
+
+REGEX = {"type": "string", "pattern": "(a*)*b"}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#/properties", "properties": REGEX},  # what xgrammar would read as a schema is a map of properties
+        {"$ref": "#/x/$defs", "x": {"$defs": REGEX}},
+        {"$ref": "#/%24defs", "$defs": REGEX},
+        {"$ref": "#a", "$defs": {"$anchor": "a", **REGEX}},
+        {"$dynamicRef": "#/$defs", "$defs": REGEX},
+        {"$ref": "http://127.0.0.1:9/schema.json"},
+        {"$ref": "#/x/0/0", "x": [[REGEX]]},
+    ],
+)
+def test_no_reference_leads_to_a_regular_expression(schema: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"\$ref|pattern"):
+        check_completion(WAYS["structured_outputs"](schema), SETTINGS)
+    check_completion(WAYS["structured_outputs"](schema), SETTINGS.model_copy(update={"allow_grammars": True}))
+
+
+@pytest.mark.parametrize(
     "body",
     [
         {"structured_outputs": {"regex": "a*"}},

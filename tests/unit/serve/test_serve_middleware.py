@@ -4,11 +4,13 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
+from fastapi import FastAPI
 from httpx2 import ASGITransport, AsyncClient
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from serve.metrics import Metrics
 from serve.middleware import BodyLimit, FeedbackQueue, RequestObserver
@@ -64,6 +66,38 @@ async def test_answers_are_counted() -> None:
     http, metrics = client()
     await http.get("/")
     assert b'instructloop_requests_total{policy_version="",route="unmatched",status="200"} 1.0' in metrics.page()
+
+
+async def test_a_failure_nobody_expected_has_the_one_shape_an_id_and_a_count(caplog: pytest.LogCaptureFixture) -> None:
+    metrics = Metrics()
+    app = FastAPI(middleware=[Middleware(RequestObserver, metrics=metrics)])
+
+    @app.get("/")
+    async def fail() -> None:
+        raise RuntimeError("a secret of ours")
+
+    transport = ASGITransport(app=app, raise_app_exceptions=False)
+    async with AsyncClient(transport=transport, base_url="http://test") as http:
+        answer = await http.get("/", headers={"x-request-id": "mine"})
+    assert (answer.status_code, answer.headers["x-request-id"]) == (500, "mine")
+    assert answer.json()["error"]["type"] == "server_error"
+    assert "secret" not in answer.text
+    assert b'route="/",status="500"} 1.0' in metrics.page()
+
+
+async def test_a_client_who_leaves_while_it_sends_is_no_failure_of_ours() -> None:
+    metrics, sent = Metrics(), list[Message]()
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+    await RequestObserver(echo_length, metrics)(scope, receive, send)
+    assert sent == []
+    assert b'route="unmatched",status="499"} 1.0' in metrics.page()
 
 
 async def test_feedback_beyond_what_may_be_under_way_is_refused_before_it_is_read() -> None:
