@@ -39,6 +39,7 @@ def rail_hit(canary: ArmFigures, stable: ArmFigures, settings: RailSettings) -> 
         (k, n), (k_stable, n_stable) = share.canary, share.stable
         if min(n, n_stable) < settings.min_requests:
             continue
+        k, k_stable = min(k, n), min(k_stable, n_stable)  # a server that counts wrongly must not end the others
         alpha = settings.alpha / share.tests / 2  # half for either arm's bound
         if lower_bound(k, n, alpha) > upper_bound(k_stable, n_stable, alpha) + share.max_rise:
             return (

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import secrets
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Annotated, Literal, Self, TypeVar
 
@@ -286,14 +287,14 @@ def candidate_identity(candidate: Candidate) -> str:
 
 def ranking_problem(ranking: tuple[tuple[int, ...], ...], candidates: int) -> str | None:
     """What is wrong with a ranking of ``candidates`` completions, in one sentence; None where nothing is."""
-    flat = [index for group in ranking for index in group]
+    named = Counter(index for group in ranking for index in group)
     if any(not group for group in ranking):
         return "a ranking's groups must not be empty"
-    if out := sorted({index for index in flat if not 0 <= index < candidates}):
+    if out := sorted(index for index in named if not 0 <= index < candidates):
         return f"ranking names {out}, but the candidates are 0 to {candidates - 1}"
-    if twice := sorted({index for index in flat if flat.count(index) > 1}):
+    if twice := sorted(index for index, times in named.items() if times > 1):
         return f"ranking names {twice} more than once"
-    if missing := sorted(set(range(candidates)) - set(flat)):
+    if missing := sorted(set(range(candidates)) - set(named)):
         return f"ranking leaves out {missing}; it must name each of the {candidates} candidates exactly once"
     return None
 

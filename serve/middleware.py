@@ -93,9 +93,24 @@ class FeedbackQueue:
             busy = error_response(429, "too much feedback is under way; nothing was kept", None, "queue_full")
             await busy(scope, receive, send)
             return
+        whole = False
+
+        async def receive_aside() -> Message:
+            """Whoever is still sending a body holds no place, however slowly it comes."""
+            nonlocal whole
+            if whole:
+                return await receive()
+            self._pending -= 1
+            try:
+                message = await receive()
+            finally:
+                self._pending += 1
+            whole = not message.get("more_body", False)
+            return message
+
         self._pending += 1
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, receive_aside, send)
         finally:
             self._pending -= 1
 

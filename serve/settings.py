@@ -47,8 +47,8 @@ class ServeSettings(TableSettings):
     max_pending_feedback: int = Field(
         256,
         gt=0,
-        description="feedback requests under way at once; beyond, 429 at once; ours, measured: a batch of the store; with "
-        "twice as many some wait too long in an overload, and get 503",
+        description="feedback requests under way at once; beyond, 429 at once; ours, measured: a batch of the store; "
+        "with twice as many some wait too long in an overload, and get 503",
     )
     kv_cache_gib: int = Field(1, gt=0, description="GiB of key-value cache per engine on CPU (VLLM_CPU_KVCACHE_SPACE)")
     engine_threads: int = Field(1, gt=0, description="OMP threads of one engine on CPU")

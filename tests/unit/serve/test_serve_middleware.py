@@ -119,3 +119,32 @@ async def test_feedback_beyond_what_may_be_under_way_is_refused_before_it_is_rea
         go_on.set()
         assert [(await answer).text for answer in [*waiting, *others]] == ["3", "3", "4", "0"]
         assert (await http.post("/v1/feedback/comparisons", content=b"ab")).text == "2"
+
+
+async def test_bodies_that_come_slowly_keep_nobody_out() -> None:
+    sent = asyncio.Event()
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield b"a"
+        await sent.wait()
+        yield b"bc"
+
+    async def streaming(scope: Scope, receive: Receive, send: Send) -> None:
+        """As a server does: a part of a body is handed over when it has come."""
+        parts = slowly() if scope["path"].endswith("slow") else None
+
+        async def arriving() -> Message:
+            if parts is None:
+                return await receive()
+            part = await anext(parts, None)
+            return {"type": "http.request", "body": part or b"", "more_body": part is not None}
+
+        await app(scope, arriving, send)
+
+    app = FeedbackQueue(echo_length, max_pending=2)
+    async with AsyncClient(transport=ASGITransport(app=streaming), base_url="http://test") as http:
+        slow = [asyncio.create_task(http.post("/v1/feedback/slow")) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        assert (await http.post("/v1/feedback/ratings", content=b"abc")).text == "3"
+        sent.set()
+        assert [(await answer).text for answer in slow] == ["3", "3"]
