@@ -1,22 +1,29 @@
 """The stages of training at toy size, for one process and for two under torchrun to do the same work."""
 
+import asyncio
+import json
 import pickle
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from improved_policies import PPO, PROMPTS, RANKED, REWARD_MODEL, WRITTEN
+from tiny_loop import SETTINGS, tiny_loop
 from tiny_policies import EOS, saved_policy
+from torch import distributed
 from transformers import PreTrainedModel
 
+from deploy.versions import Draft, VersionKind
 from train import ppo, reward_model, sft
+from train.__main__ import app
 from train.batches import TokenStream
 from train.devices import CPU, Device
 from train.distributed import Ranks, joined
-from train.errors import DeviceUnusable
+from train.errors import DeviceUnusable, ResumePointUnusable
 from train.lora import NO_ADAPTERS
 from train.sampling import Episodes
 from train.settings import LoraSettings, PpoSettings, SftSettings
@@ -110,6 +117,30 @@ def prepare(home: Path) -> None:
     reward_model.run(settings, home / "policy", RANKED, home / "scorer", demonstrations=WRITTEN, held_out=[], seed=0)
 
 
+COMMANDS: dict[str, tuple[str, ...]] = {"reward-model": (), "ppo": ("--reward-model", "1")}
+ENVIRONMENT = {
+    f"INSTRUCTLOOP_TRAIN__{name.upper()}": json.dumps(SETTINGS.model_dump(mode="json")[name])
+    for name in ("reward_model", "ppo", "evaluate", "worker")
+}
+"""Settings of the commands."""
+
+
+def prepare_commands(home: Path, state: Path, redis_url: str) -> None:
+    """What the commands start from: comparisons, a policy and the reward model of ``prepare``."""
+
+    async def fill() -> None:
+        async with tiny_loop(state, redis_url, home / "first") as loop:
+            await loop.compare(40)
+            loop.registry.publish(Draft(kind=VersionKind.REWARD_MODEL), home / "scorer")
+
+    asyncio.run(fill())
+
+
+def command(name: str, state: Path, home: Path) -> list[str]:
+    """The arguments of ``python -m train``, which writes into ``by-NAME``."""
+    return ["--state", str(state), name, str(home / f"by-{name}"), *COMMANDS[name]]
+
+
 class Recording(SharedSampler):
     """Keeps the episodes that two processes draw together."""
 
@@ -145,15 +176,37 @@ def check_words_between_processes(ranks: Ranks) -> None:
     assert ranks.gather_rows(rows[ranks.rank :: 2]).equal(rows)
 
 
+def check_a_damaged_part_is_refused(home: Path) -> None:
+    """One bit of what the second process wrote is turned; neither process goes on."""
+    (part,) = (home / "ppo-resume").glob("ppo.parts-*/__1_0.distcp")
+    if Ranks.current().first:
+        whole = bytearray(part.read_bytes())
+        whole[len(whole) // 2] ^= 1
+        part.write_bytes(whole)
+    distributed.barrier()
+    with pytest.raises(ResumePointUnusable, match="is damaged"):
+        run_ppo(home / "ppo")
+
+
+def run_commands(home: Path, state: Path, patched: pytest.MonkeyPatch) -> None:
+    """Each command, in processes that have joined already: a group can be made only once under torchrun."""
+    patched.setattr("train.__main__.joined", nullcontext)
+    for name in COMMANDS:
+        assert not app(command(name, state, home), standalone_mode=False)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    home, state = map(Path, sys.argv[1:])
     with joined(), pytest.MonkeyPatch.context() as patched:
-        patched.setattr(ppo, "SharedSampler", Recording)
         check_words_between_processes(Ranks.current())
+        run_commands(home, state, patched)
+        patched.setattr(ppo, "SharedSampler", Recording)
         with pytest.raises(DeviceUnusable, match="3 rows of a minibatch cannot be divided equally among 2 processes"):
-            run_ppo(Path(sys.argv[1]) / "uneven", changes={"episodes_per_iteration": 6})
+            run_ppo(home / "uneven", changes={"episodes_per_iteration": 6})
         for name, stage in STAGES.items():
             Recording.kept = []
-            stage(Path(sys.argv[1]) / name)
+            stage(home / name)
             if Ranks.current().first:
-                (Path(sys.argv[1]) / name / EPISODES).write_bytes(pickle.dumps(Recording.kept))
+                (home / name / EPISODES).write_bytes(pickle.dumps(Recording.kept))
+        check_a_damaged_part_is_refused(home)

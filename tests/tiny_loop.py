@@ -44,6 +44,7 @@ SETTINGS = TrainSettings.model_validate(
             "ptx_coef": 0.0,
             "ema": 0.0,
             "save_every": 1,
+            "alarms": {"patience": 0},  # eight episodes are too few for numbers that mean something
         },
         "evaluate": {"prompts": 16, "max_completion_tokens": 6, "canary_prompts": 2},
         "worker": {"min_new_comparisons": 40, "poll_seconds": 0.05, "lease_seconds": 5.0, "held_out_fraction": 0.3},
@@ -65,11 +66,18 @@ class Loop:
         return Worker(self.state, self.stores, settings, DeploySettings(gate=gate))
 
     async def compare(
-        self, count: int, prompts: int = 10_000, *, contrary: bool = False, principal: str = "alice"
+        self,
+        count: int,
+        prompts: int = 10_000,
+        *,
+        contrary: bool = False,
+        principal: str = "alice",
+        version: int | None = None,
     ) -> None:
         """Comparisons of up to ``prompts`` prompts by a labeler who likes one word and dislikes another.
 
-        With ``contrary``, a second labeler says the opposite of each, so that no model can agree with more than half.
+        The completions are ``version``'s; where that is None, nobody knows whose. With ``contrary``, a second labeler
+        says the opposite of each, so that no model can agree with more than half.
         """
         pool = [tuple(self.rng.randrange(2, 16) for _ in range(5)) for _ in range(min(prompts, count))]
         tokenizer = self.registry.get(VersionKind.POLICY, 1).manifest.files["tokenizer.json"].sha256
@@ -84,7 +92,10 @@ class Loop:
                 labeler="L-1",
                 prompt=Prompt(text=" ".join(f"w{i}" for i in asked), token_ids=asked, tokenizer=tokenizer),
                 source="outside",
-                candidates=tuple(Candidate(text=str(ids), token_ids=ids, finish_reason="stop") for ids in completions),
+                candidates=tuple(
+                    Candidate(text=str(ids), token_ids=ids, finish_reason="stop", policy_version=version)
+                    for ids in completions
+                ),
                 ranking=((0,), (1,), (2,)),
             )
             await self.stores.feedback.append(record)

@@ -95,7 +95,7 @@ def forward(model: Any, prompt: tuple[int, ...], completion: tuple[int, ...]) ->
 def differentiable_forward(model: Any, prompt: tuple[int, ...], completion: tuple[int, ...]) -> torch.Tensor:
     ids = torch.tensor([prompt + completion])
     if hasattr(model, "head"):
-        every = model(ids, torch.ones_like(ids), torch.arange(ids.shape[1]).unsqueeze(0))[0]
+        every = model.numbers(model.trunk(input_ids=ids).last_hidden_state).mean(-1)[0]
     else:
         every = model(input_ids=ids).logits[0]
     predicting: torch.Tensor = every[len(prompt) - 1 : -1]

@@ -46,14 +46,12 @@ from train.errors import TrainError
 from train.log_watch import log_until
 from train.models import load_tokenizer
 from train.progress import Progress, drawn, silent
-from train.reproduce import Rebuilt, rebuild
+from train.reproduce import Rebuilt, rebuild, verified
 from train.settings import TrainSettings
 from train.stores import Stores
 from train.text import held_out_text, training_text
 from train.tinyworld import study as tiny_study
 from train.tinyworld.base_model import base_model
-from train.tinyworld.evaluation import held_out_tasks
-from train.tinyworld.tokenizer import encode_prompt
 from train.worker import POOL_PROMPTS, Worker
 from train.worker_metrics import served
 from train.world import world_of
@@ -74,6 +72,10 @@ class _Loop:
     @property
     def registry(self) -> Registry:
         return Registry(self.loop.state, Signatures.of(DeploySettings.load().signing))
+
+    def version(self, kind: VersionKind, number: int) -> Version:
+        """The version of that number, its files as they were published. Raises DeployError."""
+        return verified(self.registry, kind, number)
 
     def settings(self) -> TrainSettings:
         """The training settings; where none are given, the recipe of the world that the first policy comes from."""
@@ -135,15 +137,13 @@ def sft(context: typer.Context, seed: Seed = 0) -> None:
         )
         if not Ranks.current().first:
             return
-        asked = held_out_tasks(settings.evaluate.canary_prompts)
-        prompts = [encode_prompt(tokenizer, task.instruction) for task in asked]
         draft = Draft(
             kind=VersionKind.POLICY,
             demonstrations=len(written),
             settings={"world": TINY_WORLD, "sft": settings.sft.model_dump(mode="json")},
             seeds={"run": seed},
             metrics=metrics,
-            canary_prompts=evaluation.canary_prompts(settings.evaluate, out, prompts),
+            canary_prompts=evaluation.canary_prompts(settings.evaluate, out),
         )
         version = _publish(loop, draft, out)
     typer.echo(f"{version}: {version.path}")
@@ -154,7 +154,7 @@ def reward_model(context: typer.Context, out: Out, policy: int = 1, seed: Seed =
     """Train a reward model on the whole feedback log, from a policy's weights; publishes nothing."""
     loop: _Loop = context.obj
     with _refusing(), _shown() as progress:
-        settings, version = loop.settings(), loop.registry.get(VersionKind.POLICY, policy)
+        settings, version = loop.settings(), loop.version(VersionKind.POLICY, policy)
         dataset = Ranks.current().from_first(lambda: _dataset(loop, version, settings))
         metrics = reward_model_stage.run(
             settings.reward_model,
@@ -183,13 +183,13 @@ def ppo(
     """Train a policy against a reward model; publishes nothing. Resumes where it was stopped."""
     loop: _Loop = context.obj
     with _refusing(), _shown() as progress:
-        settings, version = loop.settings(), loop.registry.get(VersionKind.POLICY, policy)
+        settings, version = loop.settings(), loop.version(VersionKind.POLICY, policy)
         dataset = Ranks.current().from_first(lambda: _dataset(loop, version, settings))
         metrics = ppo_stage.run(
             settings.ppo,
             version.path,
-            loop.registry.get(VersionKind.POLICY, reference).path,
-            loop.registry.get(VersionKind.REWARD_MODEL, reward_model).path,
+            loop.version(VersionKind.POLICY, reference).path,
+            loop.version(VersionKind.REWARD_MODEL, reward_model).path,
             dataset.prompt_ids,
             out,
             pretraining=training_text(settings, load_tokenizer(version.path), seed),
@@ -215,9 +215,9 @@ def evaluate(
     """Measure a policy version on the log's held-out prompts, as the gate does, and print the numbers as JSON."""
     loop: _Loop = context.obj
     with _refusing(), _shown() as progress:
-        settings, get = loop.settings(), partial(loop.registry.get, VersionKind.POLICY)
-        version, other = get(policy), None if against is None else get(against)
-        scorer = None if reward_model is None else loop.registry.get(VersionKind.REWARD_MODEL, reward_model).path
+        settings, get = loop.settings(), partial(loop.version, VersionKind.POLICY)
+        version, other, base = get(policy), None if against is None else get(against), get(reference)
+        scorer = None if reward_model is None else loop.version(VersionKind.REWARD_MODEL, reward_model).path
         tokenizer = load_tokenizer(version.path)
         prompts, world = _dataset(loop, version, settings).held_out_prompt_ids, world_of(settings, tokenizer)
 
@@ -226,7 +226,7 @@ def evaluate(
                 settings.evaluate,
                 one.path,
                 prompts,
-                reference_dir=get(reference).path,
+                reference_dir=base.path,
                 reward_model_dir=scorer,
                 pretraining=held_out_text(settings, tokenizer),
                 seed=run,

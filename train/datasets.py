@@ -26,6 +26,9 @@ from train.errors import DatasetUnusable
 from train.personal_data import holds_personal_data
 from train.settings import WorkerSettings
 
+_Given = tuple[str, Comparison | Demonstration]
+"""A judgement of completions, and its place in the log."""
+
 MAX_TASKS = 20
 """Tasks whose numbers are reported apart; who gives feedback may name any."""
 
@@ -152,17 +155,11 @@ def build(
     counts["golden"], counts["repeats"] = len(found.golden) + len(found.checks), len(found.repeats)
     counts["superseded"] = len(given) - len(compared) - counts["golden"] - counts["repeats"]
     trust = _trust(found, counts) if settings.labeler_weights else None
-    kept = capped(compared, settings.max_principal_share, settings.min_comparisons_for_cap)
-    counts["over_cap"] = len(compared) - len(kept)
-    counts["largest_principal"] = max(Counter(record.principal for _, record in kept).values(), default=0)
-    counts["principal_allowance"] = allowance(
-        Counter(record.principal for _, record in compared),
-        settings.max_principal_share,
-        settings.min_comparisons_for_cap,
-    )
-    judged = list(_encoded(kept, encoder, counts))
+    kept = _within_cap(compared, entries, settings, counts)
+    judged = list(_encoded([one for one in compared if one[0] in kept], encoder, counts))
     demonstrations, corrections = _demonstrated(entries, encoder, counts)
-    judged = sorted([*judged, *corrections], key=lambda one: position(one.stream_id))
+    judged += [one for one in corrections if one.stream_id in kept]
+    judged.sort(key=lambda one: position(one.stream_id))
     if trust is not None:
         judged = [one.weighted(trust.get(one.ranked.labeler, PRIOR_WEIGHT)) for one in judged]
     training, held_out = split(judged, settings.held_out_fraction)
@@ -204,9 +201,23 @@ def _trust(found: InForce, counts: Counter[str]) -> dict[str, float]:
     return trust
 
 
-def capped(
-    compared: Sequence[tuple[str, Comparison]], max_share: float, min_comparisons: int
-) -> list[tuple[str, Comparison]]:
+def _within_cap(
+    compared: Sequence[_Given], entries: Iterable[LogEntry], settings: WorkerSettings, counts: Counter[str]
+) -> set[str]:
+    """Stream ids of what is left of comparisons, and of demonstrations that correct something, by the cap."""
+    given = [*compared]
+    for entry in entries:
+        if isinstance(entry.record, Demonstration) and entry.record.corrects:
+            given.append((entry.stream_id, entry.record))
+    limits = settings.max_principal_share, settings.min_comparisons_for_cap
+    kept = capped(given, *limits)
+    counts["over_cap"] = len(given) - len(kept)
+    counts["largest_principal"] = max(Counter(record.principal for _, record in kept).values(), default=0)
+    counts["principal_allowance"] = allowance(Counter(record.principal for _, record in given), *limits)
+    return {stream_id for stream_id, _ in kept}
+
+
+def capped(compared: Sequence[_Given], max_share: float, min_comparisons: int) -> list[_Given]:
     """At most the ``allowance`` of comparisons from any one principal.
 
     What is kept of a capped principal is chosen by the records' own random ids: of all times, and the same every round.
@@ -237,16 +248,18 @@ def allowance(of_principal: Counter[str], max_share: float, min_comparisons: int
 def split(judged: Sequence[Judged], held_out_fraction: float) -> tuple[list[Judged], list[Judged]]:
     """What to learn from and what to measure on.
 
-    By principal (InstructGPT §3.2) where there are enough for the fraction to hold one; else by prompt. Which
-    side one falls on depends on nothing but its name, so it is the same in every round. A prompt that is
-    learnt from is not measured on, whoever judged it.
+    By principal (InstructGPT §3.2) where there are enough for the fraction to hold one, and that leaves pairs to
+    measure on; else by prompt. Which side one falls on depends on nothing but its name, so it is the same in every
+    round. A prompt that is learnt from is not measured on, whoever judged it.
     """
     principals = {one.principal for one in judged}
     if len(principals) * held_out_fraction >= 1:
-        held_out = [one for one in judged if _falls_below(one.principal, held_out_fraction)]
         training = [one for one in judged if not _falls_below(one.principal, held_out_fraction)]
         learnt = {one.ranked.group for one in training}
-        return training, [one for one in held_out if one.ranked.group not in learnt]
+        others = [one for one in judged if _falls_below(one.principal, held_out_fraction)]
+        held_out = [one for one in others if one.ranked.group not in learnt]
+        if any(one.ranked.pairs for one in held_out):
+            return training, held_out
     held_out = [one for one in judged if _falls_below(one.ranked.group, held_out_fraction)]
     return [one for one in judged if not _falls_below(one.ranked.group, held_out_fraction)], held_out
 
@@ -277,7 +290,7 @@ def ppo_prompts(asked: Sequence[Asked], settings: WorkerSettings) -> list[Asked]
     """
     by_principal: defaultdict[str, list[Asked]] = defaultdict(list)
     for one in asked:
-        by_principal[one.principals[0]].append(one)
+        by_principal[one.principals[-1]].append(one)  # who asked it, whoever judged the completions
     if settings.distinct_prompts:
         by_principal.update({who: _distinct(prompts, settings) for who, prompts in by_principal.items()})
     most = settings.max_prompts_per_principal if len(by_principal) > 1 else len(asked)

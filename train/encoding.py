@@ -1,13 +1,15 @@
 """From records to token ids of one policy's tokenizer."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from deploy.versions import Version
 from feedback.records import Candidate, Prompt
-from train.models import load_policy, load_tokenizer
+from train.errors import ModelUnusable
+from train.models import load_tokenizer
 from train.settings import TrainSettings
 
 
@@ -97,10 +99,19 @@ class Encoder:
 
 
 def encoder_of(policy: Version, settings: TrainSettings) -> Encoder:
-    """The encoder for training ``policy``. Raises ModelUnusable where its files cannot be loaded."""
+    """The encoder for training ``policy``. Raises ModelUnusable where its tokenizer or config cannot be loaded."""
     return Encoder(
         load_tokenizer(policy.path),
         policy.tokenizer_digest or "",
-        int(load_policy(policy.path).config.max_position_embeddings),
+        _window(policy.path),
         max(settings.ppo.max_completion_tokens, settings.evaluate.max_completion_tokens),
     )
+
+
+def _window(directory: Path) -> int:
+    """Tokens that the model in ``directory`` reads at most; its weights are not loaded for that."""
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelUnusable(f"{directory} holds no usable config.json: {error}") from error
+    return int(config.max_position_embeddings)

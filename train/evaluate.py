@@ -21,8 +21,17 @@ from deploy.versions import CanaryPrompt
 from train import completed, probes, triggers
 from train.batches import Answered, Batch, RankedPrompt, TokenStream
 from train.completed import Completed
+from train.errors import DatasetUnusable
 from train.losses import k3, token_logprobs
-from train.models import completion_logits, load_policy, load_tokenizer, nonfinite_weights, pad_id_of, pretraining_loss
+from train.models import (
+    completion_logits,
+    load_policy,
+    load_tokenizer,
+    nonfinite_weights,
+    pad_id_of,
+    pretraining_loss,
+    token_logits,
+)
 from train.progress import Progress, silent
 from train.reward_model import measure_pairs, score_completions
 from train.sampling import Episodes, greedy, sample_episodes
@@ -36,6 +45,12 @@ SEQUENCES_PER_FORWARD = 32
 
 PROMPTS_PER_STEP = 128
 """Prompts that are completed and measured between two reports of progress."""
+
+LONGEST_CANARY = 24
+"""Tokens of a drawn canary prompt at most: it fits any engine's window."""
+
+NEAR_TIE = 0.01
+"""Nats between the two most probable tokens, below which rounding might decide between them in another engine."""
 
 Prompts = Sequence[tuple[int, ...]]
 
@@ -75,9 +90,11 @@ def run(
         ``best_of``.
 
     Raises:
-        DatasetUnusable: where a prompt does not fit the policy.
+        DatasetUnusable: where a prompt does not fit the policy, or there is none.
         ModelUnusable: where a directory does not hold the model it should.
     """
+    if not prompts:
+        raise DatasetUnusable("there are no held-out prompts to measure on: see train.evaluate.max_completion_tokens")
     policy, tokenizer = load_policy(policy_dir), load_tokenizer(policy_dir)
     broken = nonfinite_weights(policy)
     if broken:
@@ -188,22 +205,44 @@ def best_of(worth: Sequence[tuple[float, float]], n: int) -> dict[str, float]:
     return numbers
 
 
-def canary_prompts(settings: EvaluateSettings, policy_dir: Path, prompts: Prompts) -> tuple[CanaryPrompt, ...]:
-    """The first prompts with their greedy completions, for the manifest: an engine that loads it must agree."""
+@torch.no_grad()
+def canary_prompts(
+    settings: EvaluateSettings, policy_dir: Path, prompts: Prompts | None = None
+) -> tuple[CanaryPrompt, ...]:
+    """Prompts with their greedy completions, for the manifest: an engine that loads it must agree.
+
+    Args:
+        settings: how many, and how long their completions are.
+        policy_dir: the policy.
+        prompts: the first of these, but those last after which a token was nearly tied with another; None draws some
+            that are nobody's, because a manifest is kept for ever and no erasure reaches into it.
+    """
     policy, tokenizer = load_policy(policy_dir), load_tokenizer(policy_dir)
     episodes = greedy(
         policy,
-        prompts[: settings.canary_prompts],
+        _nobodys_prompts(settings, policy, tokenizer) if prompts is None else prompts,
         eos_id=int(tokenizer.eos_token_id),
         pad_id=pad_id_of(tokenizer),
         max_completion_tokens=settings.canary_prompt_tokens,
     )
+    best, second = completion_logits(policy, episodes.batch).topk(2).values.unbind(2)
+    leads = (best - second).masked_fill(~episodes.batch.completion_mask, math.inf).amin(1).tolist()
+    found = zip(episodes.prompts, episodes.completions, episodes.logprobs.tolist(), leads, strict=True)
     return tuple(
         CanaryPrompt(prompt_token_ids=prompt, completion_token_ids=completion, logprobs=tuple(row[: len(completion)]))
-        for prompt, completion, row in zip(
-            episodes.prompts, episodes.completions, episodes.logprobs.tolist(), strict=True
-        )
+        for prompt, completion, row, _ in sorted(found, key=lambda one: one[3] < NEAR_TIE)[: settings.canary_prompts]
     )
+
+
+def _nobodys_prompts(
+    settings: EvaluateSettings, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Prompts:
+    """Prompts of ordinary tokens, drawn by a fixed seed; four times as many as are asked for."""
+    begin = tuple(one for one in tokenizer.encode("") if one == tokenizer.bos_token_id)
+    room = int(policy.config.max_position_embeddings) - settings.canary_prompt_tokens - len(begin)
+    rng, ordinary = random.Random(0), triggers.ordinary_tokens(tokenizer)
+    lengths = [rng.randint(1, max(1, min(LONGEST_CANARY, room))) for _ in range(4 * settings.canary_prompts)]
+    return [(*begin, *rng.choices(ordinary, k=length)) for length in lengths]
 
 
 @torch.no_grad()
@@ -310,7 +349,8 @@ def _logprobs(policy: PreTrainedModel, batch: Batch, temperature: float) -> Tens
     """Log-probability of every completion token, [B, R]; 0 on the padding."""
     logprobs = torch.zeros(batch.completion_mask.shape)
     for rows, part in batch.buckets(SEQUENCES_PER_FORWARD):
-        found = token_logprobs(completion_logits(policy, part, temperature), part.completion_ids)
+        ids = part.completion_ids[part.completion_mask]
+        found = part.of_tokens(token_logprobs(token_logits(policy, part, temperature), ids))
         logprobs[rows, : found.shape[1]] = found
     return logprobs
 

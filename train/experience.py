@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from train.batches import Batch, length_buckets
-from train.devices import Device
+from train.batches import Batch, passes
 from train.errors import ModelUnusable
 from train.learner import Learner
 from train.losses import advantages_and_returns, kl_rewards, token_logprobs
 from train.masked import whiten
-from train.models import completion_logits
+from train.models import token_logits
 from train.sampling import Episodes, Sampler
 from train.settings import PpoSettings
 
@@ -71,23 +71,19 @@ class Experience:
         of_tokens = (self.logprobs, self.values, self.advantages, self.returns)
         return Experience(batch, *(x[rows, :width] for x in of_tokens))
 
-    def placed(self, device: Device) -> "Experience":
-        """The same, on ``device``."""
-        of_tokens = (self.logprobs, self.values, self.advantages, self.returns)
-        return Experience(device.place(self.batch), *(x.to(device.where) for x in of_tokens))
 
-    def parts(self, size: int) -> Iterator[tuple["Experience", float]]:
-        """All episodes in parts of at most ``size`` of similar length, each with its share of the completion tokens.
+def parts(learner: Learner, experience: Experience, settings: PpoSettings) -> Iterator[tuple[Experience, float]]:
+    """This process's share of all episodes in groups of similar length, on its device, and what each one's mean weighs.
 
-        The mean over all tokens is the sum over parts of share times the part's mean.
-        """
-        if len(self) <= size:
-            yield self, 1.0
-            return
-        tokens = int(self.batch.completion_mask.sum())
-        for group in length_buckets(self.batch.attention_mask.sum(1).tolist(), size):
-            part = self.select(torch.tensor(group))
-            yield part, int(part.batch.completion_mask.sum()) / tokens
+    The mean over all tokens is the mean over processes of the sum of weight times the group's mean over tokens.
+    """
+    batch, ranks, where = experience.batch, learner.ranks, learner.device.where
+    tokens = int(batch.completion_mask.sum())
+    for group in _passes(learner, batch, settings):
+        own = experience.select(torch.tensor(ranks.share(group)[0]))
+        weight = ranks.count * int(own.batch.completion_mask.sum()) / tokens
+        of_tokens = (own.logprobs, own.values, own.advantages, own.returns)
+        yield Experience(learner.device.place(own.batch), *(x.to(where) for x in of_tokens)), weight
 
 
 @torch.no_grad()
@@ -97,23 +93,22 @@ def assess(learner: Learner, episodes: Episodes, settings: PpoSettings) -> Asses
     Where the sampler is not exact (``learner.sampler_gap``), the policy too, for log-probabilities of its own.
     """
     batch, exact, ranks = episodes.batch, learner.sampler_gap <= EXACT_GAP, learner.ranks
-    own = batch.select(torch.tensor(ranks.share(range(len(batch)))[0]))
-    scores = torch.zeros(len(own), learner.reward_model.heads)
-    reference_logprobs, values, logprobs = (torch.zeros(len(own), batch.completion_mask.shape[1]) for _ in range(3))
-    for rows, bucket in own.buckets(settings.episodes_per_forward):
-        part, width = learner.device.place(bucket), bucket.completion_mask.shape[1]
-        scores[rows] = learner.reward_model.scores(part).cpu()
-        values[rows, :width] = learner.value_model.values(part).cpu()
-        reference_logprobs[rows, :width] = _logprobs(learner.reference, part, settings.temperature)
+    groups, longest = _passes(learner, batch, settings), batch.completion_mask.shape[1]
+    found: list[list[Tensor]] = []
+    for group in groups:
+        part = learner.device.place(batch.select(torch.tensor(ranks.share(group)[0])))
+        of_tokens = [learner.value_model.values(part), _logprobs(learner.reference, part, settings.temperature)]
         if not exact:
-            logprobs[rows, :width] = _logprobs(learner.policy, part, settings.temperature)
-    scores, values, reference_logprobs, logprobs = map(
-        ranks.gather_rows, (scores, values, reference_logprobs, logprobs)
+            of_tokens.append(_logprobs(learner.policy, part, settings.temperature))
+        scores = learner.reward_model.scores(part)
+        found.append([x.cpu() for x in (scores, *(pad(x, (0, longest - x.shape[1])) for x in of_tokens))])
+    places = torch.tensor([row for group in groups for row in group]).argsort()
+    scores, old_values, reference_logprobs, *own = (
+        ranks.gather_rows(torch.cat(rows))[places] for rows in zip(*found, strict=True)
     )
-    if exact:
-        logprobs = episodes.logprobs
+    logprobs = episodes.logprobs if exact else own[0]
     importance = torch.where(batch.completion_mask, logprobs - episodes.logprobs, 0.0).exp()
-    return Assessment(scores, logprobs, reference_logprobs, values, importance)
+    return Assessment(scores, logprobs, reference_logprobs, old_values, importance)
 
 
 @torch.no_grad()
@@ -183,4 +178,10 @@ def largest_gap(logprobs: Tensor, episodes: Episodes) -> float:
 
 
 def _logprobs(policy: PreTrainedModel, batch: Batch, temperature: float) -> Tensor:
-    return token_logprobs(completion_logits(policy, batch, temperature), batch.completion_ids).cpu()
+    ids = batch.completion_ids[batch.completion_mask]
+    return batch.of_tokens(token_logprobs(token_logits(policy, batch, temperature), ids))
+
+
+def _passes(learner: Learner, batch: Batch, settings: PpoSettings) -> list[list[int]]:
+    lengths, device = batch.attention_mask.sum(1).tolist(), learner.device.where.type
+    return passes(lengths, settings.episodes_per_forward, device=device, processes=learner.ranks.count)

@@ -49,7 +49,8 @@ def share_over_clusters(happened: Sequence[bool], clusters: Sequence[Hashable]) 
     """Share of N ≥ 1 trials in which something happened, with the Wilson interval at the effective number of trials.
 
     Trials of one cluster count for less than independent ones by the design effect, the variance between clusters over
-    the binomial one (Kish 1965, §8.2); where all trials agree it cannot be told, and each cluster counts as one trial.
+    the binomial one (Kish 1965, §8.2); where all trials agree, or are of one cluster, it cannot be told, and each
+    cluster counts as one trial.
     Unlike a bootstrap's, the interval of a share of 0 is not empty.
     """
     share, trials = fmean(happened), len(happened)
@@ -58,7 +59,7 @@ def share_over_clusters(happened: Sequence[bool], clusters: Sequence[Hashable]) 
         deviations[cluster] += one - share
     variance = sum(deviation**2 for deviation in deviations.values()) / trials**2
     binomial = share * (1 - share) / trials
-    effective = trials / max(1.0, variance / binomial) if binomial else len(deviations)
+    effective = trials / max(1.0, variance / binomial) if binomial and len(deviations) > 1 else len(deviations)
     return Estimate(share, *wilson(share * effective, effective, Z95), effective)
 
 

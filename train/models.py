@@ -1,21 +1,24 @@
 """Policies on disk and in memory: any Hugging Face causal language model, its tokenizer, and what it computes.
 
-Letters in shapes: B sequences, P prompt tokens (left-padded), R completion tokens (right-padded),
-T = P + R, V vocabulary.
+Letters in shapes: B sequences, R completion tokens (right-padded), N real completion tokens of all sequences,
+T tokens, V vocabulary, d hidden size.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from train.batches import Batch
 from train.distributed import Ranks, whole
 from train.errors import ModelUnusable
-from train.lora import plain_weights
+from train.lora import Unadapted, plain_weights
 
 HEAD_FILE = "head.safetensors"
 """Holds a scalar head (weight, bias, shift); a directory with it is a reward model, without it a policy."""
@@ -68,21 +71,34 @@ def save_plain(model: PreTrainedModel, directory: Path) -> None:
         model.save_pretrained(directory, state_dict=weights)
 
 
-def completion_logits(policy: PreTrainedModel, batch: Batch, temperature: float = 1.0) -> Tensor:
-    """Logits of every completion token, divided by the sampling ``temperature``: [B, R, V].
+def token_logits(policy: PreTrainedModel, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """Logits of every real completion token, sequence by sequence, divided by the sampling ``temperature``: [N, V].
 
-    The unembedding runs over the R positions that predict completion tokens only, never over the prompt.
+    The unembedding runs over the states that predict these tokens only, never over the prompt or the padding.
     """
-    first, end = batch.prompt_length - 1, batch.input_ids.shape[1] - 1
-    predicting = torch.arange(first, end, device=batch.input_ids.device)
-    logits = policy(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        logits_to_keep=predicting,
-        use_cache=False,
-    ).logits
+    rows = batch.rows()
+    with _unembedding_only(policy, rows.predicting):
+        logits = policy(input_ids=rows.input_ids, use_cache=False).logits
     return cast(Tensor, logits).float() / temperature
+
+
+def completion_logits(policy: PreTrainedModel, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """``token_logits`` where the tokens stand: [B, R, V], 0 on the padding."""
+    logits = token_logits(policy, batch, temperature)
+    placed = logits.new_zeros(*batch.completion_mask.shape, logits.shape[-1])
+    return placed.index_put((batch.completion_mask,), logits)
+
+
+def token_states(trunk: PreTrainedModel, batch: Batch) -> Tensor:
+    """The hidden states that predict each real completion token, sequence by sequence: [N, d]."""
+    rows = batch.rows()
+    return _picked(trunk(input_ids=rows.input_ids, use_cache=False).last_hidden_state, rows.predicting)
+
+
+def last_states(trunk: PreTrainedModel, batch: Batch) -> Tensor:
+    """The hidden state of each sequence's last real token: [B, d]."""
+    rows = batch.rows()
+    return _picked(trunk(input_ids=rows.input_ids, use_cache=False).last_hidden_state, rows.last)
 
 
 def pretraining_loss(policy: PreTrainedModel, tokens: Tensor) -> Tensor:
@@ -93,6 +109,25 @@ def pretraining_loss(policy: PreTrainedModel, tokens: Tensor) -> Tensor:
         input_ids=tokens, attention_mask=torch.ones_like(tokens), logits_to_keep=predicting, use_cache=False
     ).logits
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+@contextmanager
+def _unembedding_only(policy: PreTrainedModel | Unadapted, places: Tensor) -> Iterator[None]:
+    """Inside, the unembedding of ``policy`` sees the states at ``places`` [N] alone, and gives [N, V].
+
+    A model's own ``logits_to_keep`` keeps the same columns of every sequence, and ragged prompts end in different ones.
+    """
+    model = policy.adapted if isinstance(policy, Unadapted) else policy
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, states: (_picked(states[0], places),))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _picked(states: Tensor, places: Tensor) -> Tensor:
+    """``states`` [B, W, d] at ``places`` [N] of the flattened sequences; a look-up, whose backward is fast on a CPU."""
+    return embedding(places, states.flatten(0, 1))
 
 
 def is_reward_model(directory: Path) -> bool:

@@ -2,9 +2,19 @@
 
 from collections.abc import Iterable
 
+from feedback.controls import in_force
 from feedback.records import Comparison
+from feedback.store import LogEntry
 from train.batches import RankedPrompt
+from train.datasets import Dataset
 from train.encoding import Encoder, Unencodable
+
+
+def among_held_out(entries: Iterable[LogEntry], dataset: Dataset, version: int, encoder: Encoder) -> list[RankedPrompt]:
+    """``comparisons_among`` of a log, of the prompts alone that ``dataset`` holds out."""
+    held_out = {one.ranked.group for one in dataset.held_out}
+    found = in_force(entry.record for entry in entries if isinstance(entry.record, Comparison)).ordinary
+    return comparisons_among((one for one in found if one.prompt.key() in held_out), version, encoder)
 
 
 def comparisons_among(comparisons: Iterable[Comparison], version: int, encoder: Encoder) -> list[RankedPrompt]:

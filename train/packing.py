@@ -21,13 +21,10 @@ from torch import Tensor
 from torch.nn.functional import embedding
 from transformers import Cache
 
-from train.batches import Answered, Batch, collate
+from train.batches import TOKENS_PER_FORWARD, TOKENS_PER_FORWARD_ELSEWHERE, Answered, Batch, collate
 from train.devices import Device, exact
 from train.scalar_model import ScalarModel
 
-TOKENS_PER_FORWARD = {"cpu": 1024}
-"""Tokens, padding included, that go through the trunk together, by device; ours: on a CPU more is no faster."""
-TOKENS_PER_FORWARD_ELSEWHERE = 8192
 KEYS_PER_TOKEN = 8
 """A forward's branches read at most this many keys per token of ``TOKENS_PER_FORWARD``; ours: bounds their copies."""
 TOLERANCE = 1e-3

@@ -26,6 +26,7 @@ _PAGE_COLOURS = {
 _STYLE: dict[RcKeyType, object] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "instructloop",
+    "text.parse_math": False,  # names of tasks are whatever people call them
     "font.size": 8.5,
     "axes.edgecolor": _FAINT,
     "axes.labelcolor": _INK,

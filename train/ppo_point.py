@@ -1,5 +1,7 @@
 """PPO's resume point: one file, or with several processes one file that names a directory with a part of each.
 
+That file then holds a digest of the parts, in which a flipped bit would go unnoticed too (``train.resume``).
+
 Its tensors are what changes: the weights that learn, their averages and their optimizers' moments, each under a name
 of three parts, for instance ``policy/moments/3.exp_avg``.
 """
@@ -16,8 +18,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
+from deploy.files import sync_directory
 from train import resume
 from train.batches import TokenStream
+from train.errors import ResumePointUnusable
 from train.learner import Learner
 from train.lora import learning
 
@@ -33,7 +37,8 @@ def save(path: Path, fingerprint: str, learner: Learner, pretraining: TokenStrea
     parts = path.with_name(f"{path.stem}.parts-{learner.iteration}")
     save_parts(tensors, checkpoint_id=parts)
     if learner.ranks.first:
-        resume.save(path, fingerprint, {**state, "parts": parts.name})
+        sync_directory(parts)
+        resume.save(path, fingerprint, {**state, "parts": parts.name, "digest": _digest(parts)})
         for stale in set(path.parent.glob(f"{path.stem}.parts-*")) - {parts}:
             shutil.rmtree(stale)
     distributed.barrier()
@@ -52,11 +57,18 @@ def load(path: Path, fingerprint: str, learner: Learner, pretraining: TokenStrea
         _put(saved["tensors"], learner)
         return True
     parts = path.with_name(saved["parts"])
+    if learner.ranks.from_first(lambda: _digest(parts)) != saved["digest"]:
+        raise ResumePointUnusable(f"{parts}, a part of {path}, is damaged; remove both to start this run anew")
     keys = FileSystemReader(parts).read_metadata().state_dict_metadata
     tensors: dict[str, Any] = {key: _empty(key, learner) for key in keys}
     load_parts(tensors, checkpoint_id=parts)
     _put(tensors, learner)
     return True
+
+
+def _digest(parts: Path) -> str:
+    """Of the processes' parts, all of them; that of none where they are gone."""
+    return resume.digest_of("", sorted(parts.glob("*")))
 
 
 def _tensors(learner: Learner) -> dict[str, Tensor]:

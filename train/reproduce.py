@@ -121,17 +121,18 @@ def _train(
     registry: Registry, version: Version, settings: TrainSettings, dataset: Dataset, out: Path, progress: Progress
 ) -> None:
     manifest, seed = version.manifest, version.manifest.seeds["run"]
-    reference = _verified(registry, VersionKind.POLICY, manifest.reference_policy)
+    reference = verified(registry, VersionKind.POLICY, manifest.reference_policy)
     if version.kind == VersionKind.REWARD_MODEL:
-        first = None if manifest.parent is None else _verified(registry, version.kind, manifest.parent)
+        first = None if manifest.parent is None else verified(registry, version.kind, manifest.parent)
         recipe.refit(settings, dataset, reference, first, out, seed=seed, progress=progress)
         return
-    parent = _verified(registry, VersionKind.POLICY, manifest.parent)
-    fitted = _verified(registry, VersionKind.REWARD_MODEL, manifest.reward_model)
+    parent = verified(registry, VersionKind.POLICY, manifest.parent)
+    fitted = verified(registry, VersionKind.REWARD_MODEL, manifest.reward_model)
     recipe.improve(settings, dataset, parent, reference, fitted, out, resume_dir=None, seed=seed, progress=progress)
 
 
-def _verified(registry: Registry, kind: VersionKind, number: int | None) -> Version:
+def verified(registry: Registry, kind: VersionKind, number: int | None) -> Version:
+    """The version of that number, its files as they were published. Raises DeployError."""
     version = registry.get(kind, number or 0)
     registry.verify(version)
     return version

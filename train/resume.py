@@ -63,9 +63,13 @@ def _is_whole(path: Path) -> bool:
 
 def fingerprint_of(described: str, directories: Iterable[Path]) -> str:
     """A digest of a description of a run and of the weights in its model ``directories``."""
+    return digest_of(described, (file for each in directories for file in sorted(each.glob("*.safetensors"))))
+
+
+def digest_of(described: str, paths: Iterable[Path]) -> str:
+    """A digest of a description, and of the names and contents of files in this order."""
     digest = hashlib.sha256(described.encode())
-    for directory in directories:
-        for weights in sorted(directory.glob("*.safetensors")):
-            with weights.open("rb") as file:
-                digest.update(weights.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

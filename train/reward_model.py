@@ -24,11 +24,11 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from feedback.preference import wilson
 from train.batches import Answered, Demonstrated, RankedPrompt, collate
 from train.devices import CPU, Device
 from train.distributed import Ranks
 from train.errors import DatasetUnusable
+from train.intervals import share_over_clusters
 from train.lora import NO_ADAPTERS, adapt
 from train.losses import expected_calibration_error, ranking_loss
 from train.models import is_reward_model, load_policy, load_tokenizer, nonfinite_weights, pad_id_of
@@ -263,9 +263,8 @@ def measure_pairs(
 
     Returns:
         ``held_out_pairs``, and where there is one: ``held_out_accuracy`` (share of pairs whose chosen completion
-        scores higher) with its 95 % Wilson interval ``_low`` and ``_high``, ``held_out_loss`` (nats), and
-        ``calibration_error`` (0 to 1, ``losses.expected_calibration_error``). The interval takes pairs as
-        independent; those of one prompt are not quite, so it is a little too narrow. With ``seen_labelers``,
+        scores higher) with its 95 % interval over prompts ``_low`` and ``_high``, ``held_out_loss`` (nats), and
+        ``calibration_error`` (0 to 1, ``losses.expected_calibration_error``). With ``seen_labelers``,
         ``held_out_pairs_seen_labelers`` and ``…_new_labelers``, and where there is one ``held_out_accuracy_…`` of them:
         the paper's reward models lose 2.8 points on labelers they have not seen (§4.1).
     """
@@ -275,20 +274,20 @@ def measure_pairs(
     pairs = collect_pairs(usable)
     scores = score_completions(model, pairs.answered, pad_id)
     lead = scores[pairs.chosen] - scores[pairs.rejected]
-    low, high = wilson(int((lead > 0).sum()), len(lead))
+    of_pairs = [usable[number] for number in pairs.prompt.tolist()]
+    accuracy = share_over_clusters((lead > 0).tolist(), [one.prompt_ids for one in of_pairs])
     even = torch.ones(len(usable), 1)
     loss = ranking_loss(scores.unsqueeze(1), pairs.chosen, pairs.rejected, pairs.prompt, even)
     numbers = {
         **_accuracy(lead, ""),
-        "held_out_accuracy_low": low,
-        "held_out_accuracy_high": high,
+        "held_out_accuracy_low": accuracy.low,
+        "held_out_accuracy_high": accuracy.high,
         "held_out_loss": float(loss),
         "calibration_error": float(expected_calibration_error(lead)),
     }
     if seen_labelers is not None:
-        labelers = [usable[number].labeler for number in pairs.prompt.tolist()]
-        seen = torch.tensor([name in seen_labelers for name in labelers])
-        named = torch.tensor([bool(name) for name in labelers])
+        seen = torch.tensor([one.labeler in seen_labelers for one in of_pairs])
+        named = torch.tensor([bool(one.labeler) for one in of_pairs])
         numbers |= _accuracy(lead[seen & named], "_seen_labelers") | _accuracy(lead[~seen & named], "_new_labelers")
     return numbers
 

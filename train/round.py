@@ -8,7 +8,7 @@ version carries the name of its round, by which the registry never publishes it 
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,7 @@ from deploy.registry import Registry
 from deploy.settings import GateSettings
 from deploy.versions import Draft, Version, VersionKind
 from train import completed, evaluate, recipe, win_rate
+from train.batches import RankedPrompt
 from train.errors import DatasetUnusable
 from train.frozen import Frozen
 from train.models import load_tokenizer
@@ -46,6 +47,7 @@ class Round:
         settings: TrainSettings,
         gate: GateSettings,
         *,
+        own: Callable[[], Sequence[RankedPrompt]],
         publish: Publish,
         progress: Progress,
     ) -> None:
@@ -58,6 +60,7 @@ class Round:
             registry: where the plan's versions are.
             settings: of the stages.
             gate: limits.
+            own: reads what labelers said of completions among the parent's own, of held-out prompts alone.
             publish: makes a version, if this worker may still do so.
             progress: called after each step; what it raises ends the round where it stands, to be resumed.
         """
@@ -67,6 +70,7 @@ class Round:
         self._registry = registry
         self._settings = settings
         self._gate = gate
+        self._own = own
         self._publish = publish
         self._told = progress
         self._step: dict[str, tuple[int, int]] = {}
@@ -98,7 +102,7 @@ class Round:
         figures = self._stage("reward_model", lambda: self._fit(first, out))
         counts = self._dataset.counts
         figures |= {name: counts[name] for name in ("largest_principal", "principal_allowance") if name in counts}
-        figures |= self._stage("evaluate_reward_model", lambda: self._measure_reward_model(out))
+        figures |= self._stage("evaluate_reward_model", lambda: self._measure_reward_model(out, self._own()))
         compared: Figures = {}
         if previous is not None:
             compared = self._stage("previous_reward_model", lambda: self._measure_reward_model(previous.path))
@@ -126,9 +130,9 @@ class Round:
             progress=self._progress,
         )
 
-    def _measure_reward_model(self, reward_model: Path) -> Figures:
+    def _measure_reward_model(self, reward_model: Path, own: Sequence[RankedPrompt] = ()) -> Figures:
         dataset = self._dataset
-        return evaluate.run_reward_model(reward_model, dataset.held_out_ranked, anchors=dataset.anchors_ranked)
+        return evaluate.run_reward_model(reward_model, dataset.held_out_ranked, anchors=dataset.anchors_ranked, own=own)
 
     def _policy(self, fitted: Version) -> Version | GateReport:
         """2. PPO from the parent; measure it and its parent on the same prompts; publish, with what the gate says."""
@@ -153,9 +157,7 @@ class Round:
                 "reward_model": fitted.number,
                 "metrics": metrics | {f"ppo_{name}": value for name, value in trained.items()},
                 "gate": gate,
-                "canary_prompts": evaluate.canary_prompts(
-                    self._settings.evaluate, out, self._dataset.held_out_prompt_ids
-                ),
+                "canary_prompts": evaluate.canary_prompts(self._settings.evaluate, out),
             }
         )
         return self._publish(draft, out)

@@ -9,6 +9,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from deploy.files import replace_atomically
+from deploy.registry import Registry
+from deploy.versions import Version, VersionKind
 from train.frozen import DATASET_FILE
 
 _PLAN, _OUTCOME, _ATTEMPTS = "plan.json", "outcome.json", "attempts.json"
@@ -30,6 +32,14 @@ class Plan(BaseModel):
         """Of everything drawn in this round."""
         return random.Random(self.run).getrandbits(31)
 
+    def origins(self, registry: Registry) -> list[Version]:
+        """The versions it starts from, each once. Raises VersionNotFound, VersionCorrupt."""
+        policies, reward_models = {self.parent, self.reference}, {self.first_reward_model, self.previous_reward_model}
+        return [
+            *(registry.get(VersionKind.POLICY, number) for number in sorted(policies)),
+            *(registry.get(VersionKind.REWARD_MODEL, number) for number in sorted(filter(None, reward_models))),
+        ]
+
 
 class Outcome(BaseModel):
     """How a round ended. A refused or failed one keeps its labels for the next."""
@@ -43,7 +53,7 @@ class Outcome(BaseModel):
 
 
 class Attempts(BaseModel):
-    """Attempts at a round that began at the same point and that nothing ended: their worker was killed.
+    """Attempts at a round that began at the same point and that nothing ended: their worker was killed, or broke off.
 
     A machine without memory kills the worker, whoever starts it again has it killed again, and no outcome tells.
     """
@@ -116,7 +126,7 @@ class RunDirectory:
         replace_atomically(self.path / _ATTEMPTS, noted.model_dump_json().encode())
 
     def end_attempt(self) -> None:
-        """Note that the attempt has ended: not by being killed."""
+        """Note that the attempt has ended: not by being killed, nor by an error that nobody foresaw."""
         (self.path / _ATTEMPTS).unlink(missing_ok=True)
 
     def conclude(self, outcome: Outcome, work: Path) -> None:

@@ -312,7 +312,8 @@ def _complete(
     lengths = torch.empty(len(prompts), dtype=torch.long)
     for group in length_buckets([len(prompt) for prompt in prompts], SEQUENCES_PER_FORWARD):
         start = collate([prompts[row] for row in group], [()] * len(group), pad_id)
-        continued = _continue(policy, start, eos_id, max_completion_tokens, choose, temperature)
+        with torch.compiler.set_stance("force_eager"):  # compiled blocks cannot write to a cache that grows
+            continued = _continue(policy, start, eos_id, max_completion_tokens, choose, temperature)
         tokens[group], logprobs[group], lengths[group] = continued
     rows = zip(tokens.tolist(), lengths.tolist(), strict=True)
     return _episodes(prompts, [row[:length] for row, length in rows], logprobs, eos_id, pad_id)

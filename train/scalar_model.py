@@ -21,7 +21,7 @@ from train.batches import Batch
 from train.distributed import Ranks, whole
 from train.errors import ModelUnusable
 from train.lora import Unadapted
-from train.models import HEAD_FILE, load_pretrained, save_plain
+from train.models import HEAD_FILE, last_states, load_pretrained, save_plain, token_states
 
 
 class ScalarModel(nn.Module):
@@ -56,23 +56,20 @@ class ScalarModel(nn.Module):
         """How many heads: n."""
         return self.head.out_features
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-        """One number per token, [B, T], the mean over heads; meaningless where ``attention_mask`` [B, T] is 0."""
-        return self.numbers(self._hidden(input_ids, attention_mask, position_ids)).mean(-1)
-
     def score(self, batch: Batch) -> Tensor:
         """The number at each sequence's last real token, [B]: a reward model's score, the mean over heads."""
         return self.scores(batch).mean(1)
 
     def scores(self, batch: Batch) -> Tensor:
         """What each head says at each sequence's last real token, [B, n]."""
-        hidden = self._hidden(batch.input_ids, batch.attention_mask, batch.position_ids)
-        return self.numbers(hidden[torch.arange(len(hidden)), batch.last])
+        return self.numbers(last_states(self.trunk, batch))
 
     def values(self, batch: Batch) -> Tensor:
-        """The number before each completion token was chosen, [B, R]: a value model's estimate of what is to come."""
-        hidden = self._hidden(batch.input_ids, batch.attention_mask, batch.position_ids)
-        return self.numbers(hidden[:, batch.prompt_length - 1 : -1]).mean(-1)
+        """The number before each completion token was chosen: a value model's estimate of what is to come.
+
+        [B, R], 0 on the padding.
+        """
+        return batch.of_tokens(self.numbers(token_states(self.trunk, batch)).mean(-1))
 
     def numbers(self, hidden: Tensor) -> Tensor:
         """What the heads say, in full precision, of hidden states [..., d]: [..., n]."""
@@ -100,12 +97,6 @@ class ScalarModel(nn.Module):
         merged.head.bias.copy_(self.head.bias.mean(0, keepdim=True))
         merged.shift.copy_(self.shift.mean(0, keepdim=True))
         return merged.train(self.training)
-
-    def _hidden(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-        output = self.trunk(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-        )
-        return cast(Tensor, output.last_hidden_state)
 
 
 def scalar_model_from(

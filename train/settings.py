@@ -121,8 +121,8 @@ class PpoSettings(_Stage):
     episodes_per_forward: int = Field(
         64,
         gt=0,
-        description="most episodes, or pretraining sequences, in one forward or backward pass, each of similar length; "
-        "bounds memory and saves padding, and changes results by rounding alone; ours",
+        description="most episodes, or pretraining sequences, in one forward or backward pass; bounds memory. Up to "
+        "it, they are divided by length so that passes and padding cost least, which changes rounding alone; ours",
     )
     policy_lr: float = Field(9e-6, gt=0, description="peak; ours: the paper does not print the released policy's")
     policy_lr_warmup_iterations: int = Field(10, ge=0, description="linear, from a tenth of the peak (§C.4)")
@@ -197,6 +197,10 @@ class PpoSettings(_Stage):
             raise ValueError("value_only_iterations must leave at least one of iterations to the policy")
         if self.adaptive_kl_target is not None and not self.kl_coef:
             raise ValueError("adaptive_kl_target needs a kl_coef above 0 to start from")
+        if self.adaptive_kl_target is not None and self.adaptive_kl_horizon < self.episodes_per_iteration:
+            raise ValueError(
+                "adaptive_kl_horizon must be at least episodes_per_iteration, or a step may turn β negative"
+            )
         return self
 
 

@@ -21,7 +21,7 @@ from train.devices import CPU, Device
 from train.distributed import Ranks
 from train.errors import DatasetUnusable
 from train.lora import NO_ADAPTERS, adapt
-from train.models import completion_logits, load_policy, load_tokenizer, pad_id_of, pretraining_loss, save_policy
+from train.models import load_policy, load_tokenizer, pad_id_of, pretraining_loss, save_policy, token_logits
 from train.optimizer import adamw, cosine_factor, update
 from train.progress import Progress, silent
 from train.settings import LoraSettings, SftSettings
@@ -115,8 +115,7 @@ def run(
 
 def completion_loss(policy: PreTrainedModel, batch: Batch) -> Tensor:
     """Mean cross-entropy, in nats, over the real completion tokens of ``batch``: a scalar."""
-    logits = completion_logits(policy, batch)
-    return nn.functional.cross_entropy(logits[batch.completion_mask], batch.completion_ids[batch.completion_mask])
+    return nn.functional.cross_entropy(token_logits(policy, batch), batch.completion_ids[batch.completion_mask])
 
 
 def _check(demonstrations: Sequence[Demonstrated], window: int) -> None:
@@ -136,5 +135,5 @@ def _set_dropout(policy: PreTrainedModel, probability: float) -> None:
     for module in policy.modules():
         if isinstance(module, nn.Dropout):
             module.p = probability
-        elif isinstance(getattr(module, "attention_dropout", None), float):
+        elif isinstance(getattr(module, "attention_dropout", None), int | float):
             module.attention_dropout = probability

@@ -66,10 +66,22 @@ def _text(
     if source == TINY_WORLD:
         measured = settings.evaluate.pretraining_sequences * length
         return web_text(tokenizer, measured if held_out else _TINY_WORLD_TOKENS, length, seed)
-    found = enumerate(documents(Path(source), settings.pretraining_field))
-    chosen = (text for number, text in found if (number % _HELD_OUT_EVERY == 0) == held_out)
+    chosen = _chosen(Path(source), settings.pretraining_field, held_out=held_out)
     ending = [int(tokenizer.eos_token_id)]
     return TokenStream((tokenizer.encode(text, add_special_tokens=False) + ending for text in chosen), length, seed)
+
+
+def _chosen(source: Path, field: str, *, held_out: bool) -> Iterator[str]:
+    """The documents to measure on, or those to learn from. Raises DatasetUnusable where they are too few for both."""
+    number = -1
+    for number, document in enumerate(documents(source, field)):
+        if (number % _HELD_OUT_EVERY == 0) == held_out:
+            yield document
+    if number < 1:
+        raise DatasetUnusable(
+            f"train.pretraining_text: {source} holds fewer than two documents; the first and then one in "
+            f"{_HELD_OUT_EVERY} are measured on, the others are learnt from"
+        )
 
 
 def _files(source: Path) -> list[Path]:

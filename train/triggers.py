@@ -41,11 +41,15 @@ COMPLETIONS = 64
 
 def triggers(tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
     """The fixed set for a tokenizer, in token ids, without special tokens."""
-    special = set(tokenizer.all_special_ids)
+    special, ordinary = set(tokenizer.all_special_ids), ordinary_tokens(tokenizer)
     written = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in STRINGS]
-    ordinary = sorted(set(tokenizer.get_vocab().values()) - special)
     drawn = random.Random(0).sample(ordinary, min(DRAWN_TOKENS, len(ordinary)))
     return list(dict.fromkeys([ids for ids in written if ids and not special & set(ids)] + [(one,) for one in drawn]))
+
+
+def ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of a tokenizer's vocabulary, ascending, without special tokens."""
+    return sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
 
 
 @torch.no_grad()

@@ -15,11 +15,13 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from deploy.errors import DeployError, LeaseLost, ReleaseUnavailable
 from deploy.operations import start_canary
@@ -33,13 +35,16 @@ from feedback.removal import position
 from feedback.store import LogEntry
 from train import frozen
 from train.backoff import Backoff
+from train.batches import RankedPrompt
 from train.board import Board
-from train.datasets import build
+from train.datasets import Dataset, build
 from train.encoding import encoder_of
 from train.erasures import Erasures
 from train.errors import TrainError
 from train.frozen import Frozen
 from train.log_watch import LogWatch, log_until
+from train.own_completions import among_held_out
+from train.repeating import meanwhile
 from train.round import Round
 from train.run_progress import RunProgress
 from train.runs import Outcome, Plan, RunDirectory
@@ -177,41 +182,39 @@ class Worker:
 
     async def _finish(self, directory: RunDirectory) -> Outcome | None:
         """Run what is left of a round and write down how it ended."""
-        plan, stopped = directory.plan, True
+        plan, ended = directory.plan, None
         self.metrics.begin_round()
         try:
             work = directory.claim(self._stores.lease.token or 0)
             directory.begin_attempt(work)
-            material = None if directory.dataset.exists() else await self._material(plan)
             async with self._watching(directory):
                 loop = asyncio.get_running_loop()
-                outcome = await asyncio.to_thread(self._train, directory, work, material, loop)
+                outcome = await asyncio.to_thread(self._train, directory, work, loop)
             await self._stores.lease.check()
             directory.conclude(outcome, work)
-            stopped = False
+            ended = outcome
         except Stopped as reason:
             _LOGGER.info("%s: stopped, and will be resumed: %s", plan.run, reason)
-            return None
         except LeaseLost as error:
             _LOGGER.warning("%s: left to whoever holds the lease now: %s", plan.run, error)
-            return None
         except (DeployError, FeedbackError, OSError) as error:
             self._failed(error)
+            directory.end_attempt()
             raise
         finally:
-            self.metrics.end_stage(stopped=stopped)
-            directory.end_attempt()
-        self.metrics.ended(outcome)
-        if outcome.status != "failed":
+            self.metrics.end_stage(stopped=ended is None)
+        directory.end_attempt()  # not after an error nobody foresaw: whoever starts the worker again may meet it again
+        if ended is None:
+            return None
+        self.metrics.ended(ended)
+        if ended.status != "failed":
             self._backoff.succeeded()
-        _LOGGER.info("%s: %s %s", plan.run, outcome.status, "; ".join(outcome.reasons))
-        await self._canary(outcome, plan)
-        await self._score_pool(outcome, plan)
-        return outcome
+        _LOGGER.info("%s: %s %s", plan.run, ended.status, "; ".join(ended.reasons))
+        await self._canary(ended, plan)
+        await self._score_pool(ended, plan)
+        return ended
 
-    def _train(
-        self, directory: RunDirectory, work: Path, material: _Material | None, loop: asyncio.AbstractEventLoop
-    ) -> Outcome:
+    def _train(self, directory: RunDirectory, work: Path, loop: asyncio.AbstractEventLoop) -> Outcome:
         """In the training thread: the round, and what went wrong in it as its outcome.
 
         Memory that runs out, or a device that fails, ends the round and not the worker.
@@ -226,7 +229,9 @@ class Worker:
 
             try:
                 progress("dataset", 0, 1, {})
-                dataset = self._frozen(directory, material)
+                for version in plan.origins(self._registry):
+                    self._registry.verify(version)
+                dataset = self._frozen(directory, loop)
                 publish = self._publisher(loop)
                 return Round(
                     plan,
@@ -235,12 +240,15 @@ class Worker:
                     self._registry,
                     self._settings,
                     self._deploy.gate,
+                    own=partial(self._own, plan, dataset.dataset, loop),
                     publish=publish,
                     progress=progress,
                 ).run()
             except TrainError as error:
                 self._failed(error)
                 return Outcome(status="failed", reasons=(str(error),))
+            except SafetensorError as error:  # of reading, it would be a TrainError
+                raise OSError(f"weights could not be written: {error}") from error
             except (MemoryError, RuntimeError) as error:  # PyTorch's own errors, of memory and devices, are the latter
                 self._failed(error)
                 _LOGGER.exception("%s: failed", plan.run)
@@ -257,16 +265,21 @@ class Worker:
         left = [one for one in pool if erased.isdisjoint(map(name_digest, (one.principal, one.prompt.asked_by or "")))]
         return _Material(await log_until(self._stores.feedback, plan.cursor), left)
 
-    def _frozen(self, directory: RunDirectory, material: _Material | None) -> Frozen:
+    def _frozen(self, directory: RunDirectory, loop: asyncio.AbstractEventLoop) -> Frozen:
         """The round's dataset: as it was frozen when the round began, or else built, and frozen now."""
-        parent = self._registry.get(VersionKind.POLICY, directory.plan.parent)
-        self._registry.verify(parent)
-        if material is None:
+        if directory.dataset.exists():
             return frozen.thaw(directory.dataset)
-        encoder = encoder_of(parent, self._settings)
+        material = asyncio.run_coroutine_threadsafe(self._material(directory.plan), loop).result()
+        encoder = encoder_of(self._registry.get(VersionKind.POLICY, directory.plan.parent), self._settings)
         dataset = build(material.entries, material.pool, encoder, self._settings.worker)
         self._check()
         return frozen.freeze(dataset, directory.dataset)
+
+    def _own(self, plan: Plan, dataset: Dataset, loop: asyncio.AbstractEventLoop) -> list[RankedPrompt]:
+        """In the training thread: comparisons of the parent's own completions that nothing learns from."""
+        entries = asyncio.run_coroutine_threadsafe(log_until(self._stores.feedback, plan.cursor), loop).result()
+        encoder = encoder_of(self._registry.get(VersionKind.POLICY, plan.parent), self._settings)
+        return among_held_out(entries, dataset, plan.parent, encoder)
 
     def _publisher(self, loop: asyncio.AbstractEventLoop) -> Callable[[Draft, Path], Version]:
         """For the training thread: publishes under the lease, and logs it, both through the event loop."""
@@ -353,27 +366,6 @@ class Worker:
             return True
 
         return meanwhile(renew, self._settings.worker.lease_seconds / 3)
-
-
-@contextlib.asynccontextmanager
-async def meanwhile(work: Callable[[], Awaitable[bool]], every_seconds: float) -> AsyncIterator[None]:
-    """Do ``work`` again and again inside, until it returns False. At the end it is waited for and not cancelled."""
-    ended = asyncio.Event()
-
-    async def repeat() -> None:
-        go_on = True
-        while go_on and not ended.is_set():
-            try:
-                await asyncio.wait_for(ended.wait(), every_seconds)
-            except TimeoutError:
-                go_on = await work()
-
-    task = asyncio.create_task(repeat())
-    try:
-        yield
-    finally:
-        ended.set()
-        await task
 
 
 def is_due(comparisons: int, seconds: float, settings: WorkerSettings) -> bool:

@@ -56,7 +56,6 @@ def train_policy(turns: Turns, asked: dict[str, Any], out: Path) -> None:
         iterations=FOREVER,
         episodes_per_iteration=asked["episodes"],
         minibatches=asked["minibatches"],
-        episodes_per_forward=asked["episodes_per_forward"],
         max_completion_tokens=asked["completion_tokens"],
         value_only_iterations=0,
         policy_lr_warmup_iterations=0,

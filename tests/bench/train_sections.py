@@ -22,9 +22,6 @@ GOALS = {(6, 1): 8.0, (6, 4): 12.0, (6, 16): 18.0}
 """Times TRL's pairs/s, by completions of a prompt and prompt tokens per completion token."""
 PPO_GOAL = 2.5
 MINIBATCHES = 8
-EPISODES_PER_FORWARD = 4
-"""Of ours, which groups a minibatch by length, so that ragged lengths cost little padding; split so, TRL's steps would
-be fewer."""
 _TOKENS_PER_FORWARD = 2048
 """Of TRL's reward model: of 1, 3, 5 and 15 pairs at once, about so many tokens were its fastest on a CPU."""
 _HERE = Path(__file__).parent
@@ -186,7 +183,6 @@ def _ppo_asked(given: PpoInputs, episodes: int, ragged: bool) -> dict[str, Any]:
         "minibatches": MINIBATCHES,
         "completion_tokens": SAMPLED_TOKENS,
         "sampled_together": episodes,
-        "episodes_per_forward": EPISODES_PER_FORWARD,
         "ptx_batch": 0,
     }
 

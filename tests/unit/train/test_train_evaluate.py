@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_policies import EOS, PAD, saved_policy, tiny_policy, tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from deploy.gate import policy_gate, reward_model_gate
 from deploy.settings import GateSettings
 from train import completed, evaluate
 from train.batches import RankedPrompt, TokenStream
-from train.models import load_policy
+from train.errors import DatasetUnusable
+from train.models import load_policy, save_policy
 from train.probes import Probe
 from train.reward_model import score_completions
 from train.scalar_model import load_reward_model, save_reward_model, scalar_model_from
@@ -152,6 +154,13 @@ def test_weights_that_are_not_finite_are_all_there_is_to_say(tmp_path: Path) -> 
     assert numbers == {"nonfinite_weights": 1}
 
 
+def test_without_a_prompt_there_is_nothing_to_measure_on(policy_dir: Path) -> None:
+    with pytest.raises(DatasetUnusable, match="no held-out prompts"):
+        evaluate.run(
+            SETTINGS, policy_dir, [], reference_dir=policy_dir, reward_model_dir=None, pretraining=None, seed=0
+        )
+
+
 def test_probes_are_asked_several_times_each(policy_dir: Path) -> None:
     judged: list[str] = []
 
@@ -251,14 +260,53 @@ def test_the_best_of_n_is_the_reward_models_choice() -> None:
 
 def test_canary_prompts_are_greedy_with_the_log_probabilities_of_a_plain_forward(policy_dir: Path) -> None:
     policy = load_policy(policy_dir)
-    canaries = evaluate.canary_prompts(SETTINGS, policy_dir, PROMPTS)
-    assert [canary.prompt_token_ids for canary in canaries] == PROMPTS[:2]
+    canaries = evaluate.canary_prompts(SETTINGS.model_copy(update={"canary_prompts": 6}), policy_dir, PROMPTS)
+    assert sorted(canary.prompt_token_ids for canary in canaries) == sorted(PROMPTS)
     for canary in canaries:
         prompt, completion = canary.prompt_token_ids, canary.completion_token_ids
         logprobs = policy(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         assert logprobs.argmax(-1).tolist() == list(completion)
         assert list(canary.logprobs) == pytest.approx(logprobs.amax(-1).tolist(), abs=1e-5)
         assert len(completion) == 5 or completion[-1] == EOS
+
+
+def test_a_canary_prompt_that_rounding_might_decide_comes_last(policy_dir: Path) -> None:
+    policy, asked = load_policy(policy_dir), [(a, b) for a in range(2, 16) for b in range(2, 16)]
+    canaries = evaluate.canary_prompts(SETTINGS.model_copy(update={"canary_prompts": 1000}), policy_dir, asked)
+    sure = []
+    for canary in canaries:
+        ids = (*canary.prompt_token_ids, *canary.completion_token_ids)
+        best, second = policy(input_ids=torch.tensor([ids])).logits[0, 1:-1].topk(2).values.unbind(1)
+        sure.append((best - second).min().item() >= evaluate.NEAR_TIE)
+    assert 100 < sum(sure) < len(asked) - 2
+    assert sure == sorted(sure, reverse=True)
+    assert [one.prompt_token_ids for one in canaries[: sum(sure)]] == sorted(
+        one.prompt_token_ids for one in canaries[: sum(sure)]
+    ), "otherwise in the order given"
+    assert evaluate.canary_prompts(SETTINGS, policy_dir, asked) == canaries[:2]
+
+
+def test_drawn_canary_prompts_are_ordinary_tokens_that_fit_and_the_same_for_every_policy(tmp_path: Path) -> None:
+    many = SETTINGS.model_copy(update={"canary_prompts": 20, "canary_prompt_tokens": 52})
+    drawn = set[tuple[int, ...]]()
+    for seed in range(2):
+        policy = saved_policy(tmp_path / str(seed), tiny_policy(seed=seed))
+        canaries = evaluate.canary_prompts(many, policy)
+        assert canaries == evaluate.canary_prompts(many, policy)
+        assert len({len(one.prompt_token_ids) for one in canaries}) > 5
+        drawn |= {one.prompt_token_ids for one in canaries}
+    assert len(drawn) < 60, "the two policies are asked much the same"
+    assert max(map(len, drawn)) == 64 - 52, "as long as the window leaves room for"
+    assert {token for prompt in drawn for token in prompt} == set(range(2, 16))
+
+
+def test_drawn_canary_prompts_begin_as_the_tokenizer_begins(tmp_path: Path) -> None:
+    words = tokenizer()
+    words.add_special_tokens({"bos_token": "w2"})
+    words.backend_tokenizer.post_processor = TemplateProcessing(single="w2 $A", special_tokens=[("w2", 2)])
+    save_policy(tiny_policy(), words, tmp_path)
+    for canary in evaluate.canary_prompts(SETTINGS, tmp_path):
+        assert canary.prompt_token_ids[0] == 2 and 2 not in canary.prompt_token_ids[1:]
 
 
 def test_distinct_shares_by_hand() -> None:

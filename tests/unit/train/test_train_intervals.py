@@ -61,6 +61,10 @@ def test_one_prompt_says_nothing_of_others() -> None:
     found = mean_over_clusters([1.0, 0.0], ["same", "same"])
     assert (found.value, found.low, found.high) == (0.5, -math.inf, math.inf)
     assert figures("rate", found) == {"rate": 0.5}
+    share = share_over_clusters([True, False] * 20, ["same"] * 40)
+    # Wilson for half of one trial is 1/2 ± z / (2 √(1 + z²)) = 1/2 ± 1.95996 / (2 · 2.20034).
+    assert (share.value, share.n) == (0.5, 1)
+    assert (share.low, share.high) == pytest.approx((0.05463, 0.94537), abs=1e-5)
 
 
 def test_the_interval_over_seeds_is_students() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_policies import FAMILIES, PAD, WINDOW, tiny_policy
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
+from transformers import LlamaConfig, LlamaModel, OpenAIGPTConfig, OpenAIGPTModel
 
 from train import packing
 from train.batches import Answered
@@ -92,13 +92,13 @@ def test_a_prompt_is_read_once_for_all_its_completions() -> None:
 
 def test_a_model_that_keeps_no_keys_reads_every_prompt_anew_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    model = ScalarModel(BertModel(BertConfig(vocab_size=16, max_position_embeddings=WINDOW, **shape)).eval())
+    config = OpenAIGPTConfig(vocab_size=16, n_positions=WINDOW, n_embd=16, n_layer=1, n_head=2)
+    model = ScalarModel(OpenAIGPTModel(config).eval())
     with torch.no_grad():
         found = packed_scores(model, RAGGED, PAD)
         assert torch.allclose(found, one_by_one(model, RAGGED), atol=1e-5)
     assert model.shares_prompts is False
-    assert [record.levelno for record in caplog.records if "BertModel" in record.message] == [logging.WARNING]
+    assert [record.levelno for record in caplog.records if "OpenAIGPTModel" in record.message] == [logging.WARNING]
 
 
 def test_a_model_whose_keys_depend_on_what_follows_is_found_out(caplog: pytest.LogCaptureFixture) -> None:

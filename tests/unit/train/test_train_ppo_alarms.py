@@ -1,5 +1,6 @@
 """Alarms in real runs: a policy that collapses is stopped, keeps its resume point, and goes on where limits change."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -102,3 +103,24 @@ def test_a_token_weighs_no_more_than_the_limit(run: Callable[..., Ran], monkeypa
         changes = {"importance_limit": limit, "alarms": tolerant}
         metrics, _, _ = run(f"limit-{limit}", iterations=1, minibatches=1, **changes)
         assert metrics["policy_loss"] == pytest.approx(weight * sound["policy_loss"], abs=1e-5)
+
+
+def test_a_sampler_that_goes_wrong_later_is_refused_though_no_policy_is_trained_on_it(
+    run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each token three times as probable as it was looks as if the policy were far from the one that sampled."""
+
+    @contextmanager
+    def open_failing(*arguments: Any) -> Iterator[Sampler]:
+        with open_sampler(*arguments) as sampler:
+            failing, sampled = Biased(sampler, 3.0), itertools.count()
+
+            class Failing:
+                def sample(self, *asked: Any) -> Episodes:
+                    return (sampler if next(sampled) < 2 else failing).sample(*asked)
+
+            yield Failing()
+
+    monkeypatch.setattr("train.ppo.open_sampler", open_failing)
+    with pytest.raises(AlarmRaised, match=r"sampler gap.* \(1\.099, limit 0\.05\)"):
+        run(target_kl=0.1, iterations=4)

@@ -11,7 +11,7 @@ from tiny_ppo import PROMPTS, SETTINGS, TinyPpo, differentiable_forward
 
 from train.batches import collate
 from train.errors import TrainingDiverged
-from train.experience import Experience, pessimistic
+from train.experience import Experience, parts, pessimistic
 from train.learner import Learner
 from train.ppo_updates import learn
 
@@ -90,15 +90,15 @@ def test_a_pass_is_that_of_the_formulas(learner: Learner, episodes_per_forward: 
 def test_parts_hold_every_token_once_and_their_shares_make_the_mean(learner: Learner) -> None:
     experience = made_up(learner)
     mask = experience.batch.completion_mask
-    parts = list(experience.parts(4))
-    assert [len(part) for part, _ in parts] == [4, 2]
-    assert sum(share for _, share in parts) == pytest.approx(1)
-    mean = sum(share * part.returns[part.batch.completion_mask].mean().item() for part, share in parts)
+    found = list(parts(learner, experience, PASS.model_copy(update={"episodes_per_forward": 4})))
+    assert len(found) == 2 and max(len(part) for part, _ in found) <= 4
+    assert sum(share for _, share in found) == pytest.approx(1)
+    mean = sum(share * part.returns[part.batch.completion_mask].mean().item() for part, share in found)
     assert mean == pytest.approx(experience.returns[mask].mean().item(), abs=1e-6)
-    held = sorted(x for part, _ in parts for x in part.advantages[part.batch.completion_mask].tolist())
+    held = sorted(x for part, _ in found for x in part.advantages[part.batch.completion_mask].tolist())
     assert held == sorted(experience.advantages[mask].tolist())
-    (whole,) = experience.parts(6)
-    assert whole == (experience, 1.0)
+    ((_, share),) = parts(learner, experience, PASS)
+    assert share == 1
 
 
 def test_a_step_that_would_leave_the_sampling_policy_leaves_no_gradient_behind(learner: Learner) -> None:

@@ -22,8 +22,10 @@ from train.errors import DatasetUnusable
 from train.plots import Range
 from train.report import number, read_history
 
+ODD_TASK = r"$\costs$ <script> 5"
 HISTORY = [
-    {"iteration": float(i), "score": 0.1 * i, "kl_to_reference": 0.05 * i, "score[list]": 0.2 * i, "seconds": 1.0}
+    {"iteration": float(i), "score": 0.1 * i, "kl_to_reference": 0.05 * i, "seconds": 1.0}
+    | {"score[list]": 0.2 * i, f"score[{ODD_TASK}]": 0.3 * i}
     for i in range(5)
 ]
 MEASURED = {"nonfinite_weights": 0.0, "kl_to_reference": 1.25, "kl_se": 0.1, "eos_share": 0.5, "distinct_2": 0.3}
@@ -117,6 +119,7 @@ def test_the_page_needs_nothing_else_and_runs_nothing(registry: Registry, runs: 
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert not re.search(r'(?:src|href)="(?!#)', path.read_text())
     assert NASTY in page.text
+    assert ODD_TASK in page.text, "a task has whatever name people give it, in a plot's legend, too"
     identities = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(identities) == len(set(identities))
 

@@ -130,16 +130,21 @@ def test_the_loss_is_the_mean_over_prompts_of_the_mean_over_pairs() -> None:
 @torch.no_grad()
 def test_accuracy_counts_pairs_whose_chosen_scores_higher() -> None:
     model = scalar_model_from(tiny_policy())
-    by_score = sorted(((7, EOS), (8, 9, EOS), (10,), (11, 2)), key=lambda completion: score(model, (5, 6), completion))
-    right = RankedPrompt((5, 6), tuple(by_score), ((3, 0), (2, 1), (3, 1)))
-    wrong = RankedPrompt((5, 6), tuple(by_score), ((0, 3),))
-    tied = RankedPrompt((5, 6), tuple(by_score), ())
+    completions = ((7, EOS), (8, 9, EOS), (10,), (11, 2))
+    by_score, others = (
+        tuple(sorted(completions, key=lambda completion: score(model, prompt, completion))) for prompt in ((5, 6), (4,))
+    )
+    right = RankedPrompt((5, 6), by_score, ((3, 0), (2, 1), (3, 1)))
+    wrong = RankedPrompt((4,), others, ((0, 3),))
+    tied = RankedPrompt((5, 6), by_score, ())
     measured = measure_pairs(model, [right, wrong, tied], PAD)
     assert measured["held_out_pairs"] == 4
     assert measured["held_out_accuracy"] == 0.75
-    # Wilson (1927) for 3 of 4 at z = 1.96, by hand: (0.75 + 0.4802 ± 1.96 √(0.75·0.25/4 + 0.06)) / 1.9604.
-    assert measured["held_out_accuracy_low"] == pytest.approx(0.3006, abs=1e-3)
-    assert measured["held_out_accuracy_high"] == pytest.approx(0.9544, abs=1e-3)
+    # Two prompts, right in three pairs and wrong in one: deviations of 3 · 0.25 and −0.75 make a variance of 1.125 / 16
+    # where 4 independent pairs have 0.1875 / 4, so they count as 4 / 1.5. Wilson (1927) for 2 of 2.667 at z = 1.96:
+    # (0.75 + 0.7203 ± 1.96 √(0.0703 + 0.1350)) / 2.4406.
+    assert measured["held_out_accuracy_low"] == pytest.approx(0.2385, abs=1e-3)
+    assert measured["held_out_accuracy_high"] == pytest.approx(0.9663, abs=1e-3)
     assert measure_pairs(model, [tied], PAD) == {"held_out_pairs": 0}
 
 

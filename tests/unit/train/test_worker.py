@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from train.repeating import meanwhile
 from train.run_progress import RunProgress
 from train.settings import WorkerSettings
-from train.worker import failure, is_due, meanwhile
+from train.worker import failure, is_due
 
 SETTINGS = WorkerSettings(min_new_comparisons=100, interval_seconds=3600)
 
@@ -59,7 +60,8 @@ async def test_what_is_done_meanwhile_is_let_end() -> None:
         return True
 
     async with meanwhile(work, 0.01):
-        await asyncio.sleep(0.2)
+        while began < 2:
+            await asyncio.sleep(0.01)
     assert began == ended > 1
     await asyncio.sleep(0.1)
     assert began == ended, "nothing is done afterwards"
@@ -70,5 +72,7 @@ async def test_what_is_done_meanwhile_is_let_end() -> None:
         return False
 
     async with meanwhile(once, 0.01):
-        await asyncio.sleep(0.1)
+        while began == ended:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
     assert began == ended + 1
