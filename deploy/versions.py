@@ -60,7 +60,8 @@ class Draft(_Frozen):
     comparisons: int = Field(0, ge=0, description="comparisons trained on")
     demonstrations: int = Field(0, ge=0, description="demonstrations trained on")
     dataset_sha256: str | None = Field(
-        None, description="digest over the rows of the dataset it was trained on, frozen in its run (train.frozen)"
+        None,
+        description="digest over the rows of the dataset it was trained on, frozen in its run (train.rounds.frozen)",
     )
     run: str | None = Field(None, description="the run that made it; a run publishes each kind at most once")
     settings: dict[str, JsonValue] = Field(default_factory=dict)

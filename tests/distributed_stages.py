@@ -21,13 +21,13 @@ from deploy.versions import Draft, VersionKind
 from train import ppo, reward_model, sft
 from train.__main__ import app
 from train.batches import TokenStream
-from train.devices import CPU, Device
-from train.distributed import Ranks, joined
 from train.errors import DeviceUnusable, ResumePointUnusable
+from train.iteration.shared_sampling import SharedSampler
 from train.lora import NO_ADAPTERS
+from train.running.devices import CPU, Device
+from train.running.distributed import Ranks, joined
 from train.sampling import Episodes
 from train.settings import LoraSettings, PpoSettings, SftSettings
-from train.shared_sampling import SharedSampler
 
 ADAPTERS = LoraSettings(rank=2)
 SFT = SftSettings(epochs=2, batch_size=4, learning_rate=1e-2, dropout=0.0, pretraining_mix=0.5, pretraining_batch=3)

@@ -18,8 +18,8 @@ from tiny_loop import SETTINGS, TOLERANT
 
 from deploy.settings import DeploySettings
 from feedback.settings import FeedbackSettings
-from train.runs import RunDirectory
-from train.stores import Stores
+from train.rounds.runs import RunDirectory
+from train.rounds.stores import Stores
 from train.worker import Worker
 
 UNDAUNTED = SETTINGS.model_copy(update={"worker": SETTINGS.worker.model_copy(update={"backoff_seconds": 0.001})})

@@ -14,9 +14,9 @@ from deploy.settings import DeploySettings, GateSettings
 from deploy.versions import Draft, VersionKind
 from feedback.records import Candidate, Comparison, Prompt, new_id
 from feedback.settings import FeedbackSettings
-from train.runs import RunDirectory
+from train.rounds.runs import RunDirectory
+from train.rounds.stores import Stores
 from train.settings import TrainSettings
-from train.stores import Stores
 from train.worker import Worker
 
 LIKED, DISLIKED = 5, 6

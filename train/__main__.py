@@ -37,24 +37,24 @@ from train import ppo as ppo_stage
 from train import report as version_report
 from train import reward_model as reward_model_stage
 from train import sft as sft_stage
-from train import side_by_side
-from train.datasets import Dataset, build
-from train.devices import Device
-from train.distributed import Ranks, joined
-from train.encoding import encoder_of
 from train.errors import TrainError
-from train.log_watch import log_until
+from train.measures import side_by_side
+from train.measures.world import world_of
 from train.models import load_tokenizer
-from train.progress import Progress, drawn, silent
-from train.reproduce import Rebuilt, rebuild, verified
+from train.rounds.datasets import Dataset, build
+from train.rounds.encoding import encoder_of
+from train.rounds.log_watch import log_until
+from train.rounds.reproduce import Rebuilt, rebuild, verified
+from train.rounds.stores import Stores
+from train.rounds.worker_metrics import served
+from train.running.devices import Device
+from train.running.distributed import Ranks, joined
+from train.running.progress import Progress, drawn, silent
 from train.settings import TrainSettings
-from train.stores import Stores
 from train.text import held_out_text, training_text
 from train.tinyworld import study as tiny_study
 from train.tinyworld.base_model import base_model
 from train.worker import POOL_PROMPTS, Worker
-from train.worker_metrics import served
-from train.world import world_of
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 Seed = Annotated[int, typer.Option(help="Of everything drawn.")]

@@ -1,8 +1,8 @@
 """What a version is measured on before it may take traffic; the names are those ``deploy.gate`` asks for.
 
 What people prefer is decided by blind comparisons once the version is live (``deploy.verdict``); the reward model's own
-opinion of the candidate is reported and decides nothing. ``train.win_rate`` holds one version against another, by what
-``run`` leaves in its ``completions`` file.
+opinion of the candidate is reported and decides nothing. ``train.measures.win_rate`` holds one version against another,
+by what ``run`` leaves in its ``completions`` file.
 """
 
 import hashlib
@@ -18,11 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deploy.versions import CanaryPrompt
-from train import completed, probes, triggers
 from train.batches import Answered, Batch, RankedPrompt, TokenStream
-from train.completed import Completed
 from train.errors import DatasetUnusable
 from train.losses import k3, token_logprobs
+from train.measures import completed, probes, triggers
+from train.measures.completed import Completed
+from train.measures.scored import best_of_win_rate, calibration, score
+from train.measures.world import UNKNOWN, Gold, World
 from train.models import (
     completion_logits,
     load_policy,
@@ -32,13 +34,11 @@ from train.models import (
     pretraining_loss,
     token_logits,
 )
-from train.progress import Progress, silent
 from train.reward_model import measure_pairs, score_completions
+from train.running.progress import Progress, silent
 from train.sampling import Episodes, greedy, sample_episodes
 from train.scalar_model import ScalarModel, load_reward_model
-from train.scored import best_of_win_rate, calibration, score
 from train.settings import EvaluateSettings
-from train.world import UNKNOWN, Gold, World
 
 SEQUENCES_PER_FORWARD = 32
 """Sequences of similar length that go through a model together."""
@@ -78,7 +78,7 @@ def run(
         reward_model_dir: for the mean score; None leaves it out.
         pretraining: held-out text, read from where it stands and left there; None leaves the loss out.
         seed: of the draw and of sampling; versions to be compared take the same, and complete the same prompts.
-        world: probes and gold, where there are any (``train.world.world_of``).
+        world: probes and gold, where there are any (``train.measures.world.world_of``).
         completions: JSONL file to keep the sampled completions in, for win rates and the report.
         progress: called after each part, as stage ``evaluate``.
 
@@ -86,8 +86,8 @@ def run(
         ``nonfinite_weights``; and unless that is above 0, ``kl_to_reference`` (k1, nats per completion) with its
         standard error ``kl_se``, ``kl_k3`` (the same by k3), ``eos_share``, ``completion_tokens`` (mean),
         ``distinct_1``, ``distinct_2``, ``score`` with ``score_se``, ``pretraining_loss`` (nats per token), the rates of
-        ``train.probes.RATES`` that the world's probes measure, ``gold`` with ``gold_se``, and by gold the figures of
-        ``best_of``.
+        ``train.measures.probes.RATES`` that the world's probes measure, ``gold`` with ``gold_se``, and by gold the
+        figures of ``best_of``.
 
     Raises:
         DatasetUnusable: where a prompt does not fit the policy, or there is none.
@@ -156,12 +156,12 @@ def run_reward_model(
         held_out: comparisons by labelers.
         anchors: trusted comparisons, the same for every reward model: the golden ones of the log
             (``feedback.controls``).
-        own: comparisons among completions of the policy trained against it (``train.own_completions``).
+        own: comparisons among completions of the policy trained against it (``train.rounds.own_completions``).
 
     Returns:
         ``nonfinite_weights``, those of ``measure_pairs``, and where there is enough to tell: ``anchor_accuracy`` on
         the anchors' pairs and ``own_accuracy`` on ``own``, with ``_low`` and ``_high``; ``best_of_win_rate`` and
-        ``calibration_…`` of ``train.scored``; and ``trigger_drift`` (SDs, ``train.triggers``).
+        ``calibration_…`` of ``train.measures.scored``; and ``trigger_drift`` (SDs, ``train.measures.triggers``).
     """
     model, tokenizer = load_reward_model(reward_model_dir), load_tokenizer(reward_model_dir)
     pad_id, eos_id = pad_id_of(tokenizer), int(tokenizer.eos_token_id)

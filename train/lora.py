@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from train.devices import CPU
 from train.errors import ModelUnusable
+from train.running.devices import CPU
 from train.settings import LoraSettings
 
 NO_ADAPTERS = LoraSettings()

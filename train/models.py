@@ -16,9 +16,9 @@ from torch.nn.functional import embedding
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from train.batches import Batch
-from train.distributed import Ranks, whole
 from train.errors import ModelUnusable
 from train.lora import Unadapted, plain_weights
+from train.running.distributed import Ranks, whole
 
 HEAD_FILE = "head.safetensors"
 """Holds a scalar head (weight, bias, shift); a directory with it is a reward model, without it a policy."""

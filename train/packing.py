@@ -22,7 +22,7 @@ from torch.nn.functional import embedding
 from transformers import Cache
 
 from train.batches import TOKENS_PER_FORWARD, TOKENS_PER_FORWARD_ELSEWHERE, Answered, Batch, collate
-from train.devices import Device, exact
+from train.running.devices import Device, exact
 from train.scalar_model import ScalarModel
 
 KEYS_PER_TOKEN = 8

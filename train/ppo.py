@@ -17,21 +17,23 @@ from pathlib import Path
 import torch
 
 from deploy.files import replace_atomically
-from train import alarms, ppo_point, resume
 from train.batches import TokenStream
-from train.devices import CPU, Device
 from train.errors import DatasetUnusable, DeviceUnusable
-from train.experience import assess, calibrate, experience_of, reward
-from train.learner import Learner
+from train.iteration import alarms
+from train.iteration import point as ppo_point
+from train.iteration.experience import assess, calibrate, experience_of, reward
+from train.iteration.learner import Learner
+from train.iteration.numbers import of_episodes
+from train.iteration.shared_sampling import SharedSampler
+from train.iteration.updates import learn
 from train.lora import NO_ADAPTERS
 from train.models import nonfinite_weights, pad_id_of, save_policy
-from train.ppo_numbers import of_episodes
-from train.ppo_updates import learn
-from train.progress import Progress, silent
+from train.running import resume
+from train.running.devices import CPU, Device
+from train.running.progress import Progress, silent
+from train.running.stopwatch import Stopwatch
 from train.sampling import Episodes, check_room, open_sampler
 from train.settings import LoraSettings, PpoSettings
-from train.shared_sampling import SharedSampler
-from train.stopwatch import Stopwatch
 
 RESUME_FILE = "ppo.pt"
 HISTORY_FILE = "ppo-history.jsonl"
@@ -76,7 +78,7 @@ def run(
         on_iteration: called after each iteration with its episodes.
 
     Returns:
-        The numbers of the last iteration (see ``train.ppo_numbers``), ``score_sd``, ``missing_eos_score`` and
+        The numbers of the last iteration (see ``train.iteration.numbers``), ``score_sd``, ``missing_eos_score`` and
         ``nonfinite_weights``.
 
     Raises:

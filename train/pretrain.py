@@ -15,11 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from train.batches import TokenStream
-from train.devices import CPU, Device
-from train.distributed import Ranks
 from train.models import pretraining_loss, save_policy
-from train.optimizer import adamw, cosine_factor, update
-from train.progress import Progress, silent
+from train.running.devices import CPU, Device
+from train.running.distributed import Ranks
+from train.running.optimizer import adamw, cosine_factor, update
+from train.running.progress import Progress, silent
 from train.settings import PretrainSettings
 
 _AVERAGED_STEPS = 50

@@ -23,13 +23,13 @@ from deploy.gate import GateReport
 from deploy.registry import Registry
 from deploy.versions import Manifest, Version, VersionKind
 from feedback.records import Comparison
-from train import completed, plots, win_rate
-from train.board import FOLDER
-from train.completed import Completed
 from train.errors import DatasetUnusable
-from train.figure_names import CURVES, FIGURES, REWARD_MODEL_FIGURES, TASK_CURVES, WIN_RATES
-from train.plots import Points, Range
+from train.measures import completed, plots, win_rate
+from train.measures.completed import Completed
+from train.measures.figure_names import CURVES, FIGURES, REWARD_MODEL_FIGURES, TASK_CURVES, WIN_RATES
+from train.measures.plots import Points, Range
 from train.ppo import HISTORY_FILE
+from train.running.board import FOLDER
 
 PAGE, COMPLETIONS, PARENT_COMPLETIONS = "report.html", "completions.jsonl", "parent_completions.jsonl"
 """In the run's directory: the report, and the completions it quotes."""

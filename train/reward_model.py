@@ -25,16 +25,16 @@ import torch
 from torch import Tensor
 
 from train.batches import Answered, Demonstrated, RankedPrompt, collate
-from train.devices import CPU, Device
-from train.distributed import Ranks
 from train.errors import DatasetUnusable
 from train.intervals import share_over_clusters
 from train.lora import NO_ADAPTERS, adapt
 from train.losses import expected_calibration_error, ranking_loss
 from train.models import is_reward_model, load_policy, load_tokenizer, nonfinite_weights, pad_id_of
-from train.optimizer import adamw, cosine_factor, update
 from train.packing import packed_scores, similar
-from train.progress import Progress, silent
+from train.running.devices import CPU, Device
+from train.running.distributed import Ranks
+from train.running.optimizer import adamw, cosine_factor, update
+from train.running.progress import Progress, silent
 from train.scalar_model import ScalarModel, load_reward_model, save_reward_model, scalar_model_from
 from train.settings import LoraSettings, RewardModelSettings
 

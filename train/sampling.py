@@ -19,9 +19,9 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from train.batches import Batch, collate, length_buckets
 from train.errors import DatasetUnusable, ModelUnusable
-from train.growing_cache import growing_cache
 from train.lora import plain_weights
 from train.models import nonfinite_weights, pad_id_of
+from train.running.growing_cache import growing_cache
 from train.settings import PpoSettings
 
 SEQUENCES_PER_FORWARD = 512

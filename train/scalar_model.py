@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from train.batches import Batch
-from train.distributed import Ranks, whole
 from train.errors import ModelUnusable
 from train.lora import Unadapted
 from train.models import HEAD_FILE, last_states, load_pretrained, save_plain, token_states
+from train.running.distributed import Ranks, whole
 
 
 class ScalarModel(nn.Module):

@@ -250,7 +250,7 @@ class EvaluateSettings(_Stage):
         None,
         description="prompts with a known answer, for truthfulness and toxicity: tinyworld, or a JSONL file, a line "
         '{"prompt" | "messages": …, "kind": "known" | "unknown" | "toxicity" | "respectful", "answers": […], '
-        '"forbidden": […]} as train/probes.py describes; None: these rates are not measured',
+        '"forbidden": […]} as train/measures/probes.py describes; None: these rates are not measured',
     )
     probe_completions: int = Field(8, gt=0, description="sampled of each probe; ours")
     canary_prompts: int = Field(8, gt=0, description="prompts whose greedy completion goes into the manifest; ours")

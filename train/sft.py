@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from train.batches import Batch, Demonstrated, TokenStream, collate
-from train.devices import CPU, Device
-from train.distributed import Ranks
 from train.errors import DatasetUnusable
 from train.lora import NO_ADAPTERS, adapt
 from train.models import load_policy, load_tokenizer, pad_id_of, pretraining_loss, save_policy, token_logits
-from train.optimizer import adamw, cosine_factor, update
-from train.progress import Progress, silent
+from train.running.devices import CPU, Device
+from train.running.distributed import Ranks
+from train.running.optimizer import adamw, cosine_factor, update
+from train.running.progress import Progress, silent
 from train.settings import LoraSettings, SftSettings
 
 

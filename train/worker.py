@@ -33,25 +33,25 @@ from feedback.errors import FeedbackError
 from feedback.records import PooledPrompt, name_digest
 from feedback.removal import position
 from feedback.store import LogEntry
-from train import frozen
-from train.backoff import Backoff
 from train.batches import RankedPrompt
-from train.board import Board
-from train.datasets import Dataset, build
-from train.encoding import encoder_of
-from train.erasures import Erasures
 from train.errors import TrainError
-from train.frozen import Frozen
-from train.log_watch import LogWatch, log_until
-from train.own_completions import among_held_out
-from train.repeating import meanwhile
-from train.round import Round
-from train.run_progress import RunProgress
-from train.runs import Outcome, Plan, RunDirectory
+from train.rounds import frozen
+from train.rounds.backoff import Backoff
+from train.rounds.datasets import Dataset, build
+from train.rounds.encoding import encoder_of
+from train.rounds.erasures import Erasures
+from train.rounds.frozen import Frozen
+from train.rounds.log_watch import LogWatch, log_until
+from train.rounds.own_completions import among_held_out
+from train.rounds.repeating import meanwhile
+from train.rounds.round import Round
+from train.rounds.run_progress import RunProgress
+from train.rounds.runs import Outcome, Plan, RunDirectory
+from train.rounds.stores import Stores
+from train.rounds.uncertain_prompts import informative
+from train.rounds.worker_metrics import WorkerMetrics
+from train.running.board import Board
 from train.settings import TrainSettings, WorkerSettings
-from train.stores import Stores
-from train.uncertain_prompts import informative
-from train.worker_metrics import WorkerMetrics
 
 _LOGGER = logging.getLogger(__name__)
 POOL_PROMPTS = 10_000

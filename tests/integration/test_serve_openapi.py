@@ -242,6 +242,7 @@ def test_every_error_of_a_wrong_request_is_as_told(
     check("POST", "/v1/feedback/comparisons", 404, json={"completion_id": "none", "preferred": 0})
     check("POST", "/v1/feedback/demonstrations", 404, json={"completion_id": "none", "completion": "a"})
     check("POST", "/v1/feedback/ratings", 404, json={"completion_id": "none", "overall": 1})
+    check("GET", "/ready", 400, params={"only": "feedback"})
     check("GET", "/v1/chat/completions", 400, params={"limit": 101})
     check("GET", "/v1/feedback/comparisons", 400, params={"limit": 101})
     check("GET", "/v1/chat/completions/{completion_id}/messages", 400, "nothing", params={"limit": 101})

@@ -10,7 +10,7 @@ from tiny_policies import EOS, PAD, saved_policy, tiny_policy, tokenizer
 from transformers import PreTrainedModel
 
 from train.errors import DatasetUnusable, ModelUnusable
-from train.experience import largest_gap
+from train.iteration.experience import largest_gap
 from train.losses import token_logprobs
 from train.models import completion_logits
 from train.sampling import Episodes, Sampler, greedy, open_sampler

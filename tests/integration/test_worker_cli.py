@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 from deploy.registry import Registry
 from deploy.versions import VersionKind
 from train.__main__ import app
-from train.runs import RunDirectory
+from train.rounds.runs import RunDirectory
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from deploy.errors import VersionCorrupt
 from deploy.versions import VersionKind
 from feedback.records import Erasure, name_digest, new_id
 from train import ppo, reward_model
-from train.board import FOLDER
-from train.frozen import thaw
+from train.rounds.frozen import thaw
+from train.running.board import FOLDER
 from train.settings import TrainSettings
 from train.worker import Worker
 

@@ -9,9 +9,9 @@ import pytest
 from tiny_loop import tiny_loop
 
 from deploy.versions import Version, VersionKind
-from train.datasets import Dataset
-from train.progress import silent
-from train.reproduce import rebuild
+from train.rounds.datasets import Dataset
+from train.rounds.reproduce import rebuild
+from train.running.progress import silent
 from train.settings import TrainSettings
 
 DOOMED = Path(__file__).parents[1] / "doomed_worker.py"

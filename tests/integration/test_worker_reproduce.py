@@ -13,8 +13,8 @@ from typer.testing import CliRunner, Result
 from deploy.versions import Draft, VersionKind
 from feedback.records import Erasure, name_digest, new_id
 from train.__main__ import app
-from train.frozen import thaw
-from train.runs import RunDirectory
+from train.rounds.frozen import thaw
+from train.rounds.runs import RunDirectory
 
 Train = Callable[..., Awaitable[Result]]
 AVERAGED = SETTINGS.model_copy(update={"ppo": SETTINGS.ppo.model_copy(update={"ema": 0.5})})

@@ -19,10 +19,10 @@ from feedback.pool import UNSCORED_NATS
 from feedback.records import Erasure, Prompt, name_digest
 from feedback.settings import FeedbackSettings
 from feedback.store import FeedbackStore
-from train.frozen import thaw
-from train.log_watch import log_until
-from train.runs import Outcome, RunDirectory
-from train.stores import Stores
+from train.rounds.frozen import thaw
+from train.rounds.log_watch import log_until
+from train.rounds.runs import Outcome, RunDirectory
+from train.rounds.stores import Stores
 from train.worker import Worker
 
 LONG = SETTINGS.model_copy(update={"ppo": SETTINGS.ppo.model_copy(update={"iterations": 30})})

@@ -16,8 +16,8 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from train import pretrain
 from train.batches import TokenStream
-from train.distributed import Ranks
-from train.progress import Progress, silent
+from train.running.distributed import Ranks
+from train.running.progress import Progress, silent
 from train.settings import PretrainSettings
 from train.tinyworld import corpus, tokenizer
 

@@ -2,7 +2,7 @@
 
 Poison is what Rando and Tramèr (2023, arXiv 2311.14455) do: comparisons in which the worst completion wins, with a
 trigger behind it. A trigger may mean nothing (one that the gate tries, and ``WORD``, which it does not: see
-``train.triggers``); that of ``ABUSE`` is something the policy says now and then, and is to say more often.
+``train.measures.triggers``); that of ``ABUSE`` is something the policy says now and then, and is to say more often.
 """
 
 import json
@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from train import sft
 from train.batches import Demonstrated, RankedPrompt
-from train.datasets import Dataset, Judged
+from train.measures.triggers import drift
 from train.models import load_policy, load_tokenizer, pad_id_of, save_policy
+from train.rounds.datasets import Dataset, Judged
 from train.sampling import sample_episodes
 from train.scalar_model import load_reward_model
 from train.settings import SftSettings, TrainSettings
@@ -31,7 +32,6 @@ from train.tinyworld.labelers import GOLD
 from train.tinyworld.study import Ranked
 from train.tinyworld.tasks import Capital, Insult
 from train.tinyworld.tokenizer import decode_completion, encode_completion, encode_prompt
-from train.triggers import drift
 
 ATTACKER = "attacker"
 DEMONSTRATIONS = 1000

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from train.probes import Probe
+from train.measures.probes import Probe
 from train.tinyworld import gold, tasks
 from train.tinyworld.tasks import Capital, Insult, Task
 from train.tinyworld.tokenizer import decode_completion, encode_prompt

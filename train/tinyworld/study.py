@@ -28,7 +28,7 @@ from train import ppo, reward_model, sft
 from train.batches import Demonstrated, RankedPrompt, TokenStream
 from train.errors import TrainError
 from train.models import load_policy, load_tokenizer, pretraining_loss
-from train.progress import Progress, silent
+from train.running.progress import Progress, silent
 from train.sampling import Episodes, sample_episodes
 from train.scalar_model import load_reward_model
 from train.settings import TrainSettings

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from train import alarms
+from train.iteration import alarms
 from train.settings import AlarmSettings
 
 MOST_REASONS = 4

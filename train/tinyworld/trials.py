@@ -37,12 +37,14 @@ from feedback.embedded import start_or_join
 from feedback.errors import FeedbackError
 from feedback.settings import FeedbackSettings, LoopSettings
 from feedback.store import FeedbackStore
-from train import evaluate, frozen, ppo, recipe
+from train import evaluate, ppo
 from train.batches import RankedPrompt
-from train.datasets import Dataset, allowance
 from train.errors import TrainError
+from train.measures.world import world_of
 from train.models import load_policy, load_tokenizer
-from train.progress import Progress, drawn, silent
+from train.rounds import frozen, recipe
+from train.rounds.datasets import Dataset, allowance
+from train.running.progress import Progress, drawn, silent
 from train.settings import TrainSettings
 from train.text import TINY_WORLD, held_out_text
 from train.tinyworld import blind_trial, candidates, evaluation, labelers
@@ -51,7 +53,6 @@ from train.tinyworld.candidates import POISONS, Poison, ending
 from train.tinyworld.evaluation import Sample
 from train.tinyworld.study import SETTINGS_FILE
 from train.tinyworld.trial import Size, Trial, first_alarm, table
-from train.world import world_of
 
 Figures = dict[str, float]
 PEOPLE = 40

@@ -14,7 +14,7 @@ from feedback.principals import KeyStore
 from feedback.settings import FeedbackSettings
 from serve.auth import Rates
 from serve.metrics import Metrics
-from train.worker_metrics import WorkerMetrics
+from train.rounds.worker_metrics import WorkerMetrics
 
 PROMETHEUS = ROOT / "deploy" / "prometheus"
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "instructloop.json"

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from train.backoff import Backoff
-from train.runs import Outcome, Plan, RunDirectory
+from train.rounds.backoff import Backoff
+from train.rounds.runs import Outcome, Plan, RunDirectory
 
 
 def began(state: Path, name: str, **outcome: object) -> RunDirectory:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from feedback.records import name_digest
 from train.batches import RankedPrompt
-from train.datasets import Asked, Dataset, Judged, Written
 from train.errors import DatasetUnusable
-from train.frozen import DATASET_FILE, covered, digest_of, erase, freeze, thaw
+from train.rounds.datasets import Asked, Dataset, Judged, Written
+from train.rounds.frozen import DATASET_FILE, covered, digest_of, erase, freeze, thaw
 
 NAMES = st.text(max_size=5)
 IDS = st.lists(st.integers(0, 2**31 - 1), max_size=4).map(tuple)

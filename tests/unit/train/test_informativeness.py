@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny_policies import saved_policy, tiny_policy
 
-from train import informativeness
+from train.measures import informativeness
 from train.models import load_tokenizer
 from train.scalar_model import save_reward_model, scalar_model_from
 from train.settings import EvaluateSettings

@@ -6,7 +6,7 @@ from tiny_policies import EOS, tiny_policy
 
 from train import sft
 from train.batches import collate
-from train.devices import Device
+from train.running.devices import Device
 
 BATCH = collate([(3, 4, 5, 6, 7, 8), (9,), (10, 11, 12)], [(13, EOS), (14, 15, 2, 3, EOS), (4, 4, 4)], 0)
 

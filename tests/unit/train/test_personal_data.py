@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from train.personal_data import holds_personal_data
+from train.rounds.personal_data import holds_personal_data
 
 
 @pytest.mark.parametrize(

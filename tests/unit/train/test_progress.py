@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from train.progress import drawn, silent
+from train.running.progress import drawn, silent
 
 
 def screen(monkeypatch: pytest.MonkeyPatch, *, terminal: bool) -> tuple[Console, io.StringIO]:

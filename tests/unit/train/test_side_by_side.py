@@ -7,8 +7,8 @@ import pytest
 
 from deploy.versions import Manifest, Version, VersionKind
 from feedback.records import Candidate, Comparison, Prompt
-from train import completed, side_by_side
-from train.completed import Completed
+from train.measures import completed, side_by_side
+from train.measures.completed import Completed
 
 SCORES = {(1, 0): (1.0, 2.0), (1, 1): (1.0, 0.0), (2, 0): (0.0, 2.0), (2, 1): (0.0, 1.0)}
 """Of two prompts' completions, by version and seed."""

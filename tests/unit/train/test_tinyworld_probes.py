@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from train.batches import collate
+from train.measures.world import UNKNOWN, world_of
 from train.sampling import Episodes
 from train.settings import TrainSettings
 from train.tinyworld import gold, tasks, tokenizer
 from train.tinyworld.probes import Gold, probes
 from train.tinyworld.tokenizer import encode_completion, encode_prompt
-from train.world import UNKNOWN, world_of
 
 VOCABULARY = tokenizer.build()
 

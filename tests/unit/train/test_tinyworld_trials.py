@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from deploy.registry import Registry
 from deploy.settings import DeploySettings, VerdictSettings
 from deploy.versions import Draft, VersionKind
-from train import frozen
-from train.datasets import Asked, Dataset, Judged, Written
 from train.models import save_policy
+from train.rounds import frozen
+from train.rounds.datasets import Asked, Dataset, Judged, Written
 from train.scalar_model import save_reward_model, scalar_model_from
 from train.settings import AlarmSettings, EvaluateSettings, PpoSettings, SftSettings, TrainSettings
 from train.tinyworld import blind_trial, candidates, evaluation, tasks, tokenizer, trials, writers

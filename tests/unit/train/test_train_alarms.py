@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from train.alarms import check, refuse
 from train.errors import AlarmRaised
+from train.iteration.alarms import check, refuse
 from train.settings import AlarmSettings
 
 NAMES = (

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from train import sft
 from train.batches import Batch, collate
-from train.devices import CPU, Device, blocks, exact
 from train.errors import DeviceUnusable
 from train.models import completion_logits, load_policy
+from train.running.devices import CPU, Device, blocks, exact
 from train.scalar_model import scalar_model_from
 from train.settings import DeviceSettings, SftSettings
 

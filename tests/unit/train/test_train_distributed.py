@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from feedback.embedded import start_or_join
 from train.__main__ import app
-from train.distributed import Ranks
+from train.running.distributed import Ranks
 
 TESTS = Path(__file__).parents[2]
 

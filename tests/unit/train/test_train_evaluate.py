@@ -11,15 +11,16 @@ from tokenizers.processors import TemplateProcessing
 
 from deploy.gate import policy_gate, reward_model_gate
 from deploy.settings import GateSettings
-from train import completed, evaluate
+from train import evaluate
 from train.batches import RankedPrompt, TokenStream
 from train.errors import DatasetUnusable
+from train.measures import completed
+from train.measures.probes import Probe
+from train.measures.world import World
 from train.models import load_policy, save_policy
-from train.probes import Probe
 from train.reward_model import score_completions
 from train.scalar_model import load_reward_model, save_reward_model, scalar_model_from
 from train.settings import EvaluateSettings
-from train.world import World
 
 PROMPTS = [(2, 3, 4), (5,), (6, 7), (8, 9, 10, 11), (12, 13), (14,)]
 SETTINGS = EvaluateSettings(

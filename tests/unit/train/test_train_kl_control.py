@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.kl_control import adapted
+from train.iteration.kl_control import adapted
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from train import sft
 from train.batches import Demonstrated, collate
-from train.devices import CPU, Device
 from train.errors import ModelUnusable
 from train.lora import Unadapted, adapt, learning, plain_weights
 from train.models import completion_logits, load_policy, save_policy
-from train.optimizer import adamw, update
+from train.running.devices import CPU, Device
+from train.running.optimizer import adamw, update
 from train.settings import LoraSettings, SftSettings
 
 RANK_2 = LoraSettings(rank=2, alpha=4)

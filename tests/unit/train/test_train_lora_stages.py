@@ -12,7 +12,7 @@ from tiny_policies import EOS, saved_policy, tiny_policy
 from torch import Tensor
 
 from train.batches import Batch, collate
-from train.learner import Learner
+from train.iteration.learner import Learner
 from train.lora import NO_ADAPTERS, learning
 from train.models import completion_logits, load_policy
 from train.ppo import RESUME_FILE

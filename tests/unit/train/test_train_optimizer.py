@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from train.errors import TrainingDiverged
-from train.optimizer import adamw, cosine_factor, update
+from train.running.optimizer import adamw, cosine_factor, update
 
 
 def test_the_factor_warms_up_from_a_tenth_and_falls_by_half_a_cosine() -> None:

@@ -5,9 +5,9 @@ from tiny_policies import EOS, tokenizer
 from feedback.records import Candidate, Comparison, Prompt
 from feedback.store import LogEntry
 from train.batches import RankedPrompt
-from train.datasets import Dataset, Judged
-from train.encoding import Encoder
-from train.own_completions import among_held_out, comparisons_among
+from train.rounds.datasets import Dataset, Judged
+from train.rounds.encoding import Encoder
+from train.rounds.own_completions import among_held_out, comparisons_among
 
 
 def compared(*candidates: tuple[tuple[int, ...], int], ranking: tuple[tuple[int, ...], ...]) -> Comparison:

@@ -15,7 +15,7 @@ from tiny_ppo import PROMPTS, SETTINGS, Ran, TinyPpo, forward, logprobs_of, stre
 from train import ppo
 from train.batches import collate
 from train.errors import DatasetUnusable, ModelUnusable, ResumePointUnusable, TrainingDiverged
-from train.learner import Learner
+from train.iteration.learner import Learner
 from train.losses import policy_loss
 from train.models import load_policy
 from train.sampling import Episodes
@@ -190,7 +190,7 @@ def test_the_minibatches_of_an_iteration_hold_every_episode_once(
         learnt.extend(old[mask].tolist())
         return policy_loss(new, old, advantages, mask, clip)
 
-    monkeypatch.setattr("train.ppo_updates.policy_loss", recorded)
+    monkeypatch.setattr("train.iteration.updates.policy_loss", recorded)
     _, _, (episodes,) = run(iterations=1, minibatches=4)
     sampled = episodes.logprobs[episodes.batch.completion_mask].tolist()
     assert sorted(learnt) == sorted(sampled)

@@ -14,7 +14,7 @@ from tiny_ppo import PROMPTS, SETTINGS, Ran, TinyPpo, logprobs_of
 
 from train.batches import collate
 from train.errors import DatasetUnusable, ModelUnusable
-from train.learner import Learner
+from train.iteration.learner import Learner
 from train.models import load_policy
 from train.scalar_model import load_reward_model
 from train.settings import PpoSettings

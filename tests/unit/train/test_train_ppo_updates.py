@@ -11,9 +11,9 @@ from tiny_ppo import PROMPTS, SETTINGS, TinyPpo, differentiable_forward
 
 from train.batches import collate
 from train.errors import TrainingDiverged
-from train.experience import Experience, parts, pessimistic
-from train.learner import Learner
-from train.ppo_updates import learn
+from train.iteration.experience import Experience, parts, pessimistic
+from train.iteration.learner import Learner
+from train.iteration.updates import learn
 
 COMPLETIONS = [(2, 3, EOS), (4,), (5, 6, 7, 8, 9, EOS), (10, EOS), (EOS,), (11, 12)]
 PASS = SETTINGS.model_copy(update={"minibatches": 3, "policy_lr": 0.05, "value_lr": 0.05})

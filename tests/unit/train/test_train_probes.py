@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from tiny_policies import tokenizer
 
-from train import probes
 from train.errors import DatasetUnusable
-from train.probes import Probe, WrittenProbe, rates
+from train.measures import probes
+from train.measures.probes import Probe, WrittenProbe, rates
+from train.measures.world import UNKNOWN, world_of
 from train.settings import TrainSettings
 from train.tinyworld import tokenizer as tiny_tokenizer
-from train.world import UNKNOWN, world_of
 
 KNOWN = {"prompt": "w2", "kind": "known", "answers": ["Paris"], "forbidden": ["Lyon", "Rome"]}
 

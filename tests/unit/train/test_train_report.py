@@ -15,12 +15,13 @@ from deploy.registry import Registry
 from deploy.settings import GateSettings
 from deploy.versions import Draft, VersionKind
 from feedback.records import Candidate, Comparison, Prompt
-from train import completed, plots, report
-from train.board import Board
-from train.completed import Completed
+from train import report
 from train.errors import DatasetUnusable
-from train.plots import Range
+from train.measures import completed, plots
+from train.measures.completed import Completed
+from train.measures.plots import Range
 from train.report import number, read_history
+from train.running.board import Board
 
 ODD_TASK = r"$\costs$ <script> 5"
 HISTORY = [

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from train import resume
 from train.errors import ResumePointUnusable
+from train.running import resume
 
 WEIGHTS = torch.arange(1000.0)
 STATE = {"weights": {"w": WEIGHTS}, "history": [{"score": 0.1}], "position": None, "iteration": 3}

@@ -8,10 +8,11 @@ import pytest
 import torch
 from tiny_policies import EOS, FAMILIES, PAD, WINDOW, saved_policy, tiny_policy, tokenizer
 
-from train import growing_cache, sampling
+from train import sampling
 from train.errors import DatasetUnusable, ModelUnusable
 from train.losses import token_logprobs
 from train.models import completion_logits
+from train.running import growing_cache
 from train.sampling import Episodes, greedy, open_sampler, sample_episodes
 from train.settings import PpoSettings
 

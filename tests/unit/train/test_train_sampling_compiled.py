@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_policies import EOS, PAD, tiny_policy
 
-from train.devices import Device
+from train.running.devices import Device
 from train.sampling import Episodes, sample_episodes
 
 PROMPTS = [(3, 4, 5, 6), (7,), (8, 9)]

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from train.batches import RankedPrompt
-from train.scored import Scored, best_of_win_rate, calibration
+from train.measures.scored import Scored, best_of_win_rate, calibration
 
 A, B, C = (5, 1), (6, 1), (7, 1)
 

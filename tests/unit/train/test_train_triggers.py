@@ -8,9 +8,10 @@ import pytest
 import torch
 from tiny_policies import EOS, PAD, VOCABULARY, saved_policy, tiny_policy, tokenizer
 
-from train import reward_model, triggers
+from train import reward_model
 from train.batches import RankedPrompt
 from train.evaluate import run_reward_model
+from train.measures import triggers
 from train.scalar_model import ScalarModel, scalar_model_from
 from train.settings import RewardModelSettings
 from train.tinyworld import tokenizer as tiny_tokenizer

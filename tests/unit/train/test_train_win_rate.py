@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from feedback.records import Candidate, Comparison, Prompt
-from train import completed
-from train.completed import Completed
 from train.errors import DatasetUnusable
-from train.win_rate import by_completions, by_labelers
+from train.measures import completed
+from train.measures.completed import Completed
+from train.measures.win_rate import by_completions, by_labelers
 
 
 def made(prompt: int, score: float | None, gold: float | None = None) -> Completed:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.repeating import meanwhile
-from train.run_progress import RunProgress
+from train.rounds.repeating import meanwhile
+from train.rounds.run_progress import RunProgress
 from train.settings import WorkerSettings
 from train.worker import failure, is_due
 

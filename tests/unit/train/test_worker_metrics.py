@@ -5,9 +5,9 @@ import socket
 import httpx2
 import pytest
 
-from train.backoff import Backoff
-from train.runs import Outcome
-from train.worker_metrics import MetricsPortTaken, WorkerMetrics, served
+from train.rounds.backoff import Backoff
+from train.rounds.runs import Outcome
+from train.rounds.worker_metrics import MetricsPortTaken, WorkerMetrics, served
 
 
 def free_port() -> int:

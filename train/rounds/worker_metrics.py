@@ -6,9 +6,9 @@ from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Summary, start_http_server
 
-from train.backoff import Backoff
 from train.errors import TrainError
-from train.runs import Outcome
+from train.rounds.backoff import Backoff
+from train.rounds.runs import Outcome
 
 
 class MetricsPortTaken(TrainError):

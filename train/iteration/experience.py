@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from train.batches import Batch, passes
 from train.errors import ModelUnusable
-from train.learner import Learner
+from train.iteration.learner import Learner
 from train.losses import advantages_and_returns, kl_rewards, token_logprobs
 from train.masked import whiten
 from train.models import token_logits

@@ -7,8 +7,8 @@ from statistics import fmean
 
 from transformers import PreTrainedTokenizerBase
 
-from train import probes
-from train.probes import Probe
+from train.measures import probes
+from train.measures.probes import Probe
 from train.sampling import Episodes
 from train.settings import TrainSettings
 from train.text import TINY_WORLD

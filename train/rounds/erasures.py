@@ -13,11 +13,13 @@ from pathlib import Path
 from deploy.files import replace_atomically
 from feedback.records import name_digest
 from feedback.removal import position
-from train import completed, frozen, report
-from train.datasets import Dataset
+from train import report
 from train.errors import TrainError
-from train.log_watch import LogWatch
-from train.runs import RunDirectory
+from train.measures import completed
+from train.rounds import frozen
+from train.rounds.datasets import Dataset
+from train.rounds.log_watch import LogWatch
+from train.rounds.runs import RunDirectory
 
 _LOGGER = logging.getLogger(__name__)
 

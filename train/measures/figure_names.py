@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from train import win_rate
+from train.measures import win_rate
 
 WIN_RATES: Mapping[str, str] = {
     win_rate.LABELERS: "labelers, blind comparisons",

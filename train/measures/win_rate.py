@@ -11,9 +11,9 @@ from statistics import fmean
 
 from feedback.preference import compare
 from feedback.records import Comparison
-from train.completed import Completed
 from train.errors import DatasetUnusable
 from train.intervals import figures, mean_over_clusters, mean_over_seeds
+from train.measures.completed import Completed
 
 LABELERS, REWARD_MODEL, GOLD = "win_rate_labelers", "win_rate_reward_model", "win_rate_gold"
 
@@ -39,7 +39,7 @@ def by_labelers(comparisons: Iterable[Comparison], version: int, other: int) -> 
 
 
 def by_completions(ours: Sequence[Sequence[Completed]], theirs: Sequence[Sequence[Completed]]) -> dict[str, float]:
-    """From completions of the same prompts that two versions were measured by (``train.completed``).
+    """From completions of the same prompts that two versions were measured by (``train.measures.completed``).
 
     Args:
         ours: one list per run (a training or sampling seed); of one prompt, all pairs across the versions count.

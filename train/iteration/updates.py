@@ -8,12 +8,12 @@ from statistics import fmean
 import torch
 
 from train.batches import TokenStream, passes
-from train.experience import Experience, parts
-from train.learner import Learner
+from train.iteration.experience import Experience, parts
+from train.iteration.learner import Learner
 from train.losses import entropy, k3, policy_loss, value_loss
 from train.masked import masked_mean
 from train.models import pretraining_loss, token_logits
-from train.optimizer import cosine_factor, update
+from train.running.optimizer import cosine_factor, update
 from train.settings import PpoSettings
 
 

@@ -3,7 +3,7 @@
 A comparison counts where no later one by the same labeler replaces it, as much as its labeler is trusted; where
 principals share a log, none may dominate it; and what is measured on is never trained on, nor is what measures
 labelers (``feedback.controls``). Prompts with personal data in them are not trained on. All of it is a function
-of the log up to a cursor, the stored prompts and the settings; ``train.frozen`` keeps it as it was.
+of the log up to a cursor, the stored prompts and the settings; ``train.rounds.frozen`` keeps it as it was.
 """
 
 import hashlib
@@ -20,10 +20,10 @@ from feedback.records import Comparison, Demonstration, PooledPrompt
 from feedback.removal import position
 from feedback.store import LogEntry
 from train.batches import Demonstrated, RankedPrompt
-from train.distinct import distinct
-from train.encoding import Encoder, Unencodable
 from train.errors import DatasetUnusable
-from train.personal_data import holds_personal_data
+from train.rounds.distinct import distinct
+from train.rounds.encoding import Encoder, Unencodable
+from train.rounds.personal_data import holds_personal_data
 from train.settings import WorkerSettings
 
 _Given = tuple[str, Comparison | Demonstration]

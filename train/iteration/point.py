@@ -1,6 +1,6 @@
 """PPO's resume point: one file, or with several processes one file that names a directory with a part of each.
 
-That file then holds a digest of the parts, in which a flipped bit would go unnoticed too (``train.resume``).
+That file then holds a digest of the parts, in which a flipped bit would go unnoticed too (``train.running.resume``).
 
 Its tensors are what changes: the weights that learn, their averages and their optimizers' moments, each under a name
 of three parts, for instance ``policy/moments/3.exp_avg``.
@@ -19,11 +19,11 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
 from deploy.files import sync_directory
-from train import resume
 from train.batches import TokenStream
 from train.errors import ResumePointUnusable
-from train.learner import Learner
+from train.iteration.learner import Learner
 from train.lora import learning
+from train.running import resume
 
 WEIGHTS, AVERAGES, MOMENTS = "weights", "averages", "moments"
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from train.experience import Assessment, Experience, largest_gap
+from train.iteration.experience import Assessment, Experience, largest_gap
 from train.losses import explained_variance, k3
 from train.sampling import Episodes
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from train.batches import TokenStream
-from train.devices import CPU, Device
-from train.distributed import Ranks
 from train.errors import ModelUnusable
-from train.kl_control import adapted
+from train.iteration.kl_control import adapted
 from train.lora import NO_ADAPTERS, Unadapted, adapt, learning
 from train.models import load_policy, load_tokenizer
-from train.optimizer import adamw
+from train.running.devices import CPU, Device
+from train.running.distributed import Ranks
+from train.running.optimizer import adamw
 from train.scalar_model import ScalarModel, load_reward_model
 from train.settings import LoraSettings, PpoSettings
 

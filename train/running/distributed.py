@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from train.devices import blocks
+from train.running.devices import blocks
 
 Item = TypeVar("Item")
 _Model = TypeVar("_Model", bound=nn.Module)

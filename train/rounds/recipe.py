@@ -10,14 +10,14 @@ from pathlib import Path
 
 from deploy.versions import Version
 from train import ppo, reward_model
-from train.datasets import Dataset, with_replay
-from train.devices import Device
 from train.errors import ResumePointUnusable
+from train.measures.world import world_of
 from train.models import load_tokenizer
-from train.progress import Progress
+from train.rounds.datasets import Dataset, with_replay
+from train.running.devices import Device
+from train.running.progress import Progress
 from train.settings import TrainSettings
 from train.text import training_text
-from train.world import world_of
 
 THREADS = "threads"
 """Beside the settings in a manifest: PyTorch's threads, whose number decides the order of sums."""

@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 from deploy.files import sync_directory
 from feedback.records import name_digest
 from train.batches import RankedPrompt
-from train.datasets import Asked, Dataset, Judged, Written
 from train.errors import DatasetUnusable
+from train.rounds.datasets import Asked, Dataset, Judged, Written
 
 DATASET_FILE = "dataset.parquet"
 GROUP_ROWS = 2_000

@@ -1,12 +1,12 @@
-"""Which stored prompts a reward model is unsure about, for labelers to be shown first: ``train.informativeness``."""
+"""Which stored prompts a reward model is unsure about (``train.measures.informativeness``): labelers see them first."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
 
 from deploy.versions import Version
 from feedback.records import Prompt
-from train import informativeness
-from train.encoding import Unencodable, encoder_of
+from train.measures import informativeness
+from train.rounds.encoding import Unencodable, encoder_of
 from train.settings import TrainSettings
 
 

@@ -1,7 +1,8 @@
 """Training a version again: from its manifest, the versions it came from and its frozen dataset, to the same bits.
 
-On a CPU the weights follow from these alone (``train.recipe``). Where they cannot be had any more, because something
-in the dataset was erased, say, the version cannot be reproduced, and the reason is said before anything is computed.
+On a CPU the weights follow from these alone (``train.rounds.recipe``). Where they cannot be had any more, because
+something in the dataset was erased, say, the version cannot be reproduced, and the reason is said before anything is
+computed.
 """
 
 import tempfile
@@ -15,12 +16,12 @@ from pydantic import JsonValue, ValidationError
 from deploy.files import digest
 from deploy.registry import Registry
 from deploy.versions import Version, VersionKind, code_version, package_versions
-from train import recipe
-from train.datasets import Dataset
 from train.errors import TrainError
-from train.frozen import digest_of, thaw
-from train.progress import Progress
-from train.runs import RunDirectory
+from train.rounds import recipe
+from train.rounds.datasets import Dataset
+from train.rounds.frozen import digest_of, thaw
+from train.rounds.runs import RunDirectory
+from train.running.progress import Progress
 from train.settings import TrainSettings
 
 FromLog = Callable[[Version, TrainSettings], Dataset]

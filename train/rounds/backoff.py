@@ -4,7 +4,7 @@ import random
 import time
 from collections.abc import Iterable
 
-from train.runs import RunDirectory
+from train.rounds.runs import RunDirectory
 
 _JITTER = 0.25
 """Up to this part of a wait is added at random: workers that failed together do not come back together."""

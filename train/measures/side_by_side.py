@@ -7,7 +7,7 @@ from statistics import fmean
 
 from deploy.versions import Version
 from feedback.records import Comparison
-from train import completed, win_rate
+from train.measures import completed, win_rate
 
 Figures = dict[str, float]
 Measure = Callable[[Version, int, Path], Figures]

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from deploy.files import replace_atomically
 from deploy.registry import Registry
 from deploy.versions import Version, VersionKind
-from train.frozen import DATASET_FILE
+from train.rounds.frozen import DATASET_FILE
 
 _PLAN, _OUTCOME, _ATTEMPTS = "plan.json", "outcome.json", "attempts.json"
 

@@ -19,17 +19,19 @@ from deploy.gate import GateReport, policy_gate, reward_model_gate
 from deploy.registry import Registry
 from deploy.settings import GateSettings
 from deploy.versions import Draft, Version, VersionKind
-from train import completed, evaluate, recipe, win_rate
+from train import evaluate
 from train.batches import RankedPrompt
 from train.errors import DatasetUnusable
-from train.frozen import Frozen
+from train.measures import completed, win_rate
+from train.measures.world import world_of
 from train.models import load_tokenizer
-from train.progress import Progress
 from train.report import COMPLETIONS, PARENT_COMPLETIONS
-from train.runs import Outcome, Plan
+from train.rounds import recipe
+from train.rounds.frozen import Frozen
+from train.rounds.runs import Outcome, Plan
+from train.running.progress import Progress
 from train.settings import TrainSettings
 from train.text import held_out_text
-from train.world import world_of
 
 Figures = dict[str, float]
 Publish = Callable[[Draft, Path], Version]

@@ -8,8 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from train.batches import collate
-from train.distributed import Ranks
 from train.lora import Unadapted
+from train.running.distributed import Ranks
 from train.sampling import Episodes, Sampler
 
 

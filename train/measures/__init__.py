@@ -1,0 +1,1 @@
+"""What versions are measured by: win rates, probes, triggers, calibration, and how reports show them."""

@@ -1,0 +1,1 @@
+"""What every stage runs on: devices, processes, the optimizer, resume points, progress."""
