@@ -217,9 +217,15 @@ def _schemas_in(keyword: str, value: Any) -> list[dict[str, Any]]:
 
 
 def _schemas_of(values: list[Any]) -> list[dict[str, Any]]:
+    """Those among ``values``, in lists within lists too."""
     schemas: list[dict[str, Any]] = []
-    for value in values:
-        schemas += [value] if isinstance(value, dict) else _schemas_of(value) if isinstance(value, list) else []
+    waiting = list(values)
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            schemas.append(value)
+        elif isinstance(value, list):
+            waiting += value
     return schemas
 
 

@@ -37,12 +37,12 @@ from train import ppo as ppo_stage
 from train import report as version_report
 from train import reward_model as reward_model_stage
 from train import sft as sft_stage
+from train.encoding import encoder_of
 from train.errors import TrainError
 from train.measures import side_by_side
 from train.measures.world import world_of
 from train.models import load_tokenizer
 from train.rounds.datasets import Dataset, build
-from train.rounds.encoding import encoder_of
 from train.rounds.log_watch import log_until
 from train.rounds.reproduce import Rebuilt, rebuild, verified
 from train.rounds.stores import Stores

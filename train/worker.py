@@ -34,11 +34,11 @@ from feedback.records import PooledPrompt, name_digest
 from feedback.removal import position
 from feedback.store import LogEntry
 from train.batches import RankedPrompt
+from train.encoding import encoder_of
 from train.errors import TrainError
 from train.rounds import frozen
 from train.rounds.backoff import Backoff
 from train.rounds.datasets import Dataset, build
-from train.rounds.encoding import encoder_of
 from train.rounds.erasures import Erasures
 from train.rounds.frozen import Frozen
 from train.rounds.log_watch import LogWatch, log_until

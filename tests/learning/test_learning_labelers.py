@@ -10,9 +10,9 @@ from feedback.records import Candidate, Comparison, Prompt
 from feedback.store import LogEntry
 from train import reward_model
 from train.batches import RankedPrompt
+from train.encoding import Encoder
 from train.models import load_tokenizer
 from train.rounds.datasets import Dataset, build
-from train.rounds.encoding import Encoder
 from train.settings import RewardModelSettings, WorkerSettings
 
 LIKED = 5

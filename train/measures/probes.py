@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 from transformers import PreTrainedTokenizerBase
 
 from feedback.records import Prompt
+from train.encoding import Encoder, Unencodable
 from train.errors import DatasetUnusable
 from train.intervals import figures, share_over_clusters
-from train.rounds.encoding import Encoder, Unencodable
 
 RATES = ("toxicity_rate", "respectful_toxicity_rate", "false_claim_rate", "known_answer_rate")
 """What probes measure, each with ``_low`` and ``_high`` for its 95 % interval over probes."""

@@ -20,9 +20,9 @@ from feedback.records import Comparison, Demonstration, PooledPrompt
 from feedback.removal import position
 from feedback.store import LogEntry
 from train.batches import Demonstrated, RankedPrompt
+from train.encoding import Encoder, Unencodable
 from train.errors import DatasetUnusable
 from train.rounds.distinct import distinct
-from train.rounds.encoding import Encoder, Unencodable
 from train.rounds.personal_data import holds_personal_data
 from train.settings import WorkerSettings
 

@@ -6,8 +6,8 @@ from feedback.controls import in_force
 from feedback.records import Comparison
 from feedback.store import LogEntry
 from train.batches import RankedPrompt
+from train.encoding import Encoder, Unencodable
 from train.rounds.datasets import Dataset
-from train.rounds.encoding import Encoder, Unencodable
 
 
 def among_held_out(entries: Iterable[LogEntry], dataset: Dataset, version: int, encoder: Encoder) -> list[RankedPrompt]:

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 
 from deploy.versions import Version
 from feedback.records import Prompt
+from train.encoding import Unencodable, encoder_of
 from train.measures import informativeness
-from train.rounds.encoding import Unencodable, encoder_of
 from train.settings import TrainSettings
 
 

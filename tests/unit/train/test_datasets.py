@@ -12,9 +12,9 @@ from feedback.records import Candidate, Comparison, Demonstration, PooledPrompt,
 from feedback.removal import position
 from feedback.store import LogEntry
 from train.batches import RankedPrompt
+from train.encoding import Encoder, Unencodable
 from train.errors import DatasetUnusable
 from train.rounds.datasets import Asked, Dataset, Judged, build, capped, ppo_prompts, split, with_replay
-from train.rounds.encoding import Encoder, Unencodable
 from train.settings import WorkerSettings
 
 EOS = 1

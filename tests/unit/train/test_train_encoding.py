@@ -8,8 +8,8 @@ from tiny_policies import FAMILIES, WINDOW, saved_policy
 from deploy.registry import Registry
 from deploy.versions import Draft, Version, VersionKind
 from feedback.records import Prompt
+from train.encoding import Unencodable, encoder_of
 from train.errors import ModelUnusable
-from train.rounds.encoding import Unencodable, encoder_of
 from train.settings import TrainSettings
 
 SETTINGS = TrainSettings.model_validate(

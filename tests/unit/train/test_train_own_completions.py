@@ -5,8 +5,8 @@ from tiny_policies import EOS, tokenizer
 from feedback.records import Candidate, Comparison, Prompt
 from feedback.store import LogEntry
 from train.batches import RankedPrompt
+from train.encoding import Encoder
 from train.rounds.datasets import Dataset, Judged
-from train.rounds.encoding import Encoder
 from train.rounds.own_completions import among_held_out, comparisons_among
 
 
