@@ -48,7 +48,6 @@ from train.running.progress import Progress, drawn, silent
 from train.settings import TrainSettings
 from train.text import TINY_WORLD, held_out_text
 from train.tinyworld import blind_trial, candidates, evaluation, labelers
-from train.tinyworld.blind_trial import Judged
 from train.tinyworld.candidates import POISONS, Poison, ending
 from train.tinyworld.evaluation import Sample
 from train.tinyworld.study import SETTINGS_FILE
@@ -328,11 +327,11 @@ class Trials:
             return (tuple(gate.refusals()) if gate else ()) or (str(error),)
         return ()
 
-    def _judged(self, ours: list[list[Sample]], theirs: list[list[Sample]], crowd: int) -> list[Judged]:
+    def _judged(self, ours: list[list[Sample]], theirs: list[list[Sample]], crowd: int) -> list[blind_trial.Judged]:
         people = labelers.population(PEOPLE, crowd)
         return list(blind_trial.comparisons(self._asked, ours, theirs, people, crowd))
 
-    def _guarded(self, version: Version, work: Path, judged: list[Judged]) -> str:
+    def _guarded(self, version: Version, work: Path, judged: list[blind_trial.Judged]) -> str:
         """What a server's guard does about the canary, by the feedback log and the release in a Redis of its own."""
         kept = work / "guarded.txt"
         if not kept.exists():

@@ -2,51 +2,22 @@ from collections import Counter
 from itertools import count
 
 import pytest
+from byte_encoding import ENCODER, EOS, TOKENIZER, ids
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from feedback.labelers import PRIOR_WEIGHT
 from feedback.records import Candidate, Comparison, Demonstration, PooledPrompt, Prompt
 from feedback.removal import position
 from feedback.store import LogEntry
 from train.batches import RankedPrompt
-from train.encoding import Encoder, Unencodable
+from train.encoding import Encoder
 from train.errors import DatasetUnusable
 from train.rounds.datasets import Asked, Dataset, Judged, build, capped, ppo_prompts, split, with_replay
 from train.settings import WorkerSettings
 
-EOS = 1
 SETTINGS = WorkerSettings(held_out_fraction=0.25)
 _numbers = count(1)
-
-
-def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """One token a byte, and a chat template that ends an answer with EOS and a newline, as ChatML does."""
-    vocabulary = {"<pad>": 0, "<eos>": EOS}
-    vocabulary |= {char: 2 + place for place, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    bytewise = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytewise.decoder = decoders.ByteLevel()
-    template = (
-        "{% for message in messages %}"
-        "{% if message.role == 'assistant' %}{{ '> ' + message.content + eos_token + '\n' }}"
-        "{% elif message.role == 'user' %}{{ '# ' + message.content + '\n' }}"
-        "{% else %}{{ raise_exception('no ' + message.role) }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '>' }}{% endif %}"
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bytewise, pad_token="<pad>", eos_token="<eos>", chat_template=template
-    )
-
-
-TOKENIZER = byte_tokenizer()
-ENCODER = Encoder(TOKENIZER, "same", window=40, max_completion_tokens=10)
-
-
-def ids(text: str) -> tuple[int, ...]:
-    return tuple(TOKENIZER.encode(text))
 
 
 def comparison(text: str = "hi", *answers: str, principal: str = "ann", labeler: str = "L-1") -> Comparison:
@@ -69,37 +40,6 @@ def log(*records: Comparison | Demonstration) -> list[LogEntry]:
 
 def judged(stream_id: str, group: str = "g", principal: str = "ann") -> Judged:
     return Judged(stream_id, (principal,), RankedPrompt((2,), ((3,), (4,)), ((0, 1),), group=group))
-
-
-# --- encoding
-
-
-def test_what_the_serving_tokenizer_recorded_is_taken_as_it_is() -> None:
-    prompt = Prompt(text="other text", token_ids=(7, 8), tokenizer="same")
-    assert ENCODER.prompt(prompt) == (7, 8)
-    ended = Candidate(text="x", token_ids=(9, EOS), finish_reason="stop")
-    open_ended = Candidate(text="x", token_ids=(9,), finish_reason="stop")
-    cut_off = Candidate(text="x", token_ids=(9,), finish_reason="length")
-    assert ENCODER.candidate(prompt, ended) == (9, EOS)
-    assert ENCODER.candidate(prompt, open_ended) == (9, EOS), "engines may leave the EOS out"
-    assert ENCODER.candidate(prompt, cut_off) == (9,), "no EOS is made up for a completion that never ended"
-
-
-def test_another_tokenizer_s_ids_are_not_used() -> None:
-    prompt = Prompt(text="hi", token_ids=(7, 8), tokenizer="another")
-    assert ENCODER.prompt(prompt) == ids("hi")
-    assert ENCODER.candidate(prompt, Candidate(text="yo", token_ids=(9,))) == (*ids("yo"), EOS)
-    with pytest.raises(Unencodable):
-        ENCODER.prompt(Prompt(token_ids=(7, 8), tokenizer="another"))
-
-
-def test_chats_go_through_the_chat_template() -> None:
-    prompt = Prompt(messages=({"role": "user", "content": "hi"},))
-    assert ENCODER.prompt(prompt) == ids("# hi\n>")
-    written = ENCODER.written(prompt, "yo")
-    assert written == (*ids(" yo"), EOS), "what the template writes after the prompt, up to its EOS"
-    with pytest.raises(Unencodable, match="no pirate"):
-        ENCODER.prompt(Prompt(messages=({"role": "pirate", "content": "hi"},)))
 
 
 # --- which comparisons count
