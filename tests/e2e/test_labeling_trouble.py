@@ -122,11 +122,14 @@ def test_an_overloaded_server_is_asked_again_later(labeling: LabelingServer, ope
         else:
             route.continue_()
 
-    page.route("**/v1/feedback/comparisons", refuse)
-    press(page, "1 2 3 4 Enter")
+    sent_to = "**/v1/feedback/comparisons"
+    page.route(sent_to, refuse)
+    with page.expect_response(sent_to):
+        press(page, "1 2 3 4 Enter")
     expect(page.locator("#outbox")).to_contain_text("waits to be sent")
     for _ in range(3):
-        page.get_by_role("button", name="Send now").click()
+        with page.expect_response(sent_to):  # pressed while the page is still at the last one, it asks again by itself
+            page.get_by_role("button", name="Send now").click()
     assert isinstance(comparison(labeling), Comparison)
     expect(page.locator("#outbox")).to_be_hidden()
 

@@ -86,10 +86,10 @@ def test_what_is_copied_exists_and_is_sent_to_the_builder() -> None:
 
 def test_the_empty_packages_are_those_of_pyproject() -> None:
     """The editable install is made before the source is there."""
-    made = re.search(r"for package in ([\w /]+); do", DOCKERFILE)
+    made = re.search(r"for package in ([\w /\\\n]+); do", DOCKERFILE)
     packages = re.search(r"^packages = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert made and packages
-    assert {name.replace("/", ".") for name in made[1].split()} == set(json.loads(packages[1]))
+    assert {name.replace("/", ".") for name in made[1].replace("\\", "").split()} == set(json.loads(packages[1]))
 
 
 @pytest.mark.parametrize("name", ["compose.yaml", "compose.gpu.yaml"])
