@@ -112,7 +112,7 @@ async def tiny_loop(state: Path, redis_url: str, scratch: Path) -> AsyncIterator
     """The loop with its first policy published and stable; ``scratch`` is an empty directory."""
     registry = Registry(state)
     registry.publish(Draft(kind=VersionKind.POLICY), saved_policy(scratch))
-    stores = Stores.connect(redis_url, state, SETTINGS.worker, FeedbackSettings())
+    stores = Stores.connect(redis_url, state, SETTINGS.worker, FeedbackSettings(socket_timeout_seconds=10))
     await stores.releases.change(lambda release: transitions.first(release, 1), verb="first", by="t", reason="")
     yield Loop(state, redis_url, registry, stores)
     await stores.close()

@@ -6,6 +6,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,7 +33,9 @@ from feedback.records import encode
 from feedback.store import FeedbackStore
 
 CALLERS = 64
-HELD_PER_SECOND, OVERLOAD_PER_SECOND = 200, 2000
+HELD_PER_SECOND = 200
+FLOODS_PER_SECOND = (2000, 6000)
+"""The load that is to be survived, and one beyond what any machine so far has taken."""
 SIZED_RECORDS = 10_000
 """Records that the bytes per comparison are of."""
 _FILLERS = 256
@@ -51,7 +54,7 @@ class Effort:
     Attributes:
         held_seconds: Of the open loop that the server is to hold.
         capacity_seconds: Of each of the closed loops.
-        overload_seconds: For which too much is offered.
+        overload_seconds: For which each flood is offered.
         rounds: Of closed loops, and of slices of appends; in each, both ways take two turns.
         slice_appends: Records of one slice.
         records: Of the long log.
@@ -71,9 +74,38 @@ FULL = Effort(
 QUICK = Effort(held_seconds=5.0, capacity_seconds=2.0, overload_seconds=3.0, rounds=1, slice_appends=600, records=5_000)
 
 
+@dataclass(frozen=True)
+class _Flood:
+    """A flood, and what else was asked of the server meanwhile and then.
+
+    Attributes:
+        per_second: Comparisons offered.
+        posted: What became of them.
+        health_ms: Of GET /health beside it.
+        at_once_ms: Of GET /health right after the last answer.
+        later_ms: Of the slowest GET /health, when the server is calm again.
+        after: One caller's comparisons then.
+    """
+
+    per_second: int
+    posted: Posted
+    health_ms: list[float]
+    at_once_ms: float
+    later_ms: float
+    after: Posted
+
+
+async def _flooded(port: int, numbers: Iterator[int], per_second: int, seconds: float) -> _Flood:
+    posted, health = await asyncio.gather(open_loop(port, numbers, per_second, seconds), health_beside(port, seconds))
+    at_once = await slowest_health_ms(port, 1)
+    await asyncio.sleep(_CALM_SECONDS)
+    later = await slowest_health_ms(port, _HEALTH_PROBES)
+    return _Flood(per_second, posted, health, at_once, later, await closed_loop(port, numbers, 1, 1.0))
+
+
 async def post_over_http(effort: Effort, step: Step) -> list[Figure]:
     """A load that is to be held, the most that 64 callers get, and more than that; then what the log has of it."""
-    numbers, steps = itertools.count(), 4 * effort.rounds + 4
+    numbers, steps = itertools.count(), 4 * effort.rounds + 3 + len(FLOODS_PER_SECOND)
     with place() as at:
         async with connected(FeedbackStore, at.url) as store:
             await require_durable(store)
@@ -92,30 +124,23 @@ async def post_over_http(effort: Effort, step: Step) -> list[Figure]:
             for done, (name, one) in enumerate(turns):
                 step(f"{CALLERS} callers, {name}", 2 + done, steps)
                 closed[name].append(await closed_loop(one.port, numbers, CALLERS, effort.capacity_seconds))
-            step(f"{OVERLOAD_PER_SECOND} comparisons/s", 2 + len(turns), steps)
-            flood, health = await asyncio.gather(
-                open_loop(server.port, numbers, OVERLOAD_PER_SECOND, effort.overload_seconds),
-                health_beside(server.port, effort.overload_seconds),
-            )
-            at_once = await slowest_health_ms(server.port, 1)
-            await asyncio.sleep(_CALM_SECONDS)
-            later = await slowest_health_ms(server.port, _HEALTH_PROBES)
-            after = await closed_loop(server.port, numbers, 1, 1.0)
-        step("killing Redis and counting its log", 3 + len(turns), steps)
+            floods = []
+            for done, per_second in enumerate(FLOODS_PER_SECOND, 2 + len(turns)):
+                step(f"{per_second} comparisons/s", done, steps)
+                floods.append(await _flooded(server.port, numbers, per_second, effort.overload_seconds))
+        step("killing Redis and counting its log", steps - 1, steps)
         await kill_redis(at.url)
-        all_posted = (*warmed, held, *closed["ours"], *closed["naive"], flood, after)
+        flooding = [posted for flood in floods for posted in (flood.posted, flood.after)]
+        all_posted = (*warmed, held, *closed["ours"], *closed["naive"], *flooding)
         lost, more = await count_lost(at.url, itertools.chain(*(one.acknowledged for one in all_posted)))
         held_lost, _ = await count_lost(at.url, held.acknowledged)
-        flood_lost, _ = await count_lost(at.url, flood.acknowledged)
+        floods_lost = [(await count_lost(at.url, flood.posted.acknowledged))[0] for flood in floods]
     return [
         *_held(held, held_lost),
         *_capacity(f"{CALLERS} callers", closed["ours"], at_least=1300),
         *_capacity(f"{CALLERS} callers, an EVALSHA a request", closed["naive"], at_least=None),
         _gain(closed["ours"], closed["naive"]),
-        *_overload(flood, flood_lost, after),
-        *_latency(f"{OVERLOAD_PER_SECOND}/s offered: GET /health on a new connection", health, late_at_most=1000),
-        Figure("GET /health, just after the last of these answers", at_once, "ms", at_most=100),
-        Figure(f"GET /health, slowest of {_HEALTH_PROBES} after {_CALM_SECONDS:g} s more", later, "ms", at_most=100),
+        *itertools.chain(*map(_overload, floods, floods_lost)),
         Figure("all: acknowledged", sum(len(one.acknowledged) for one in all_posted), "comparisons"),
         Figure("all: acknowledged, but not in the log after kill -9 of Redis", lost, "comparisons", at_most=0),
         Figure("all: in the log, but answered otherwise", more, "comparisons"),
@@ -163,8 +188,9 @@ def _rate(posted: Posted) -> float:
     return len(posted.acknowledged) / posted.seconds
 
 
-def _overload(posted: Posted, lost: int, after: Posted) -> list[Figure]:
-    name, statuses = f"{OVERLOAD_PER_SECOND}/s offered", posted.statuses()
+def _overload(flood: _Flood, lost: int) -> list[Figure]:
+    name, posted = f"{flood.per_second}/s offered", flood.posted
+    statuses = posted.statuses()
     others = statuses.total() - sum(statuses[status] for status in (201, 429, 503, NO_ANSWER))
     soon = sum(milliseconds <= 1000 for milliseconds in posted.milliseconds.get(201, []))
     figures = [
@@ -184,7 +210,15 @@ def _overload(posted: Posted, lost: int, after: Posted) -> list[Figure]:
     return [
         *figures,
         Figure(f"{name}: acknowledged and lost", lost, "comparisons", at_most=0),
-        Figure("one caller just after: not acknowledged", _not_acknowledged(after), "comparisons", at_most=0),
+        *_latency(f"{name}: GET /health on a new connection", flood.health_ms, late_at_most=1000),
+        Figure(f"{name}: GET /health, just after the last answer", flood.at_once_ms, "ms", at_most=100),
+        Figure(
+            f"{name}: GET /health, slowest of {_HEALTH_PROBES} after {_CALM_SECONDS:g} s more",
+            flood.later_ms,
+            "ms",
+            at_most=100,
+        ),
+        Figure(f"{name}: one caller then: not acknowledged", _not_acknowledged(flood.after), "comparisons", at_most=0),
         *_generator(name, posted),
     ]
 

@@ -88,7 +88,7 @@ class Loop:
 @pytest.fixture
 async def loop(redis_url: str, state_dir: Path) -> AsyncIterator[Loop]:
     releases = ReleaseStore.connect(redis_url, state_dir)
-    feedback = FeedbackStore.connect(redis_url, FeedbackSettings())
+    feedback = FeedbackStore.connect(redis_url, FeedbackSettings(socket_timeout_seconds=10))
     await releases.change(partial(first, number=1), verb="first", by="setup", reason="")
     yield Loop(releases, feedback, redis_url, state_dir)
     await feedback.close()
