@@ -148,8 +148,7 @@ def test_a_full_queue_answers_429_at_once_and_what_was_admitted_completes(
         answers = list(threads.map(ask, range(64)))
     refused = [answer for answer in answers if answer.status_code == 429]
     assert {answer.status_code for answer in answers} == {200, 429}
-    # One that is refused may hold places for some of its four a moment before, and keep another out.
-    assert len(answers) - len(refused) >= 28
+    assert len(answers) - len(refused) >= 31, "32, or one less where the server's own probe has a place"
     for answer in refused:
         assert answer.json()["error"]["type"] == "rate_limit_error" and int(answer.headers["Retry-After"]) <= 60
     assert max(answer.elapsed for answer in refused) < min(a.elapsed for a in answers if a.status_code == 200)
